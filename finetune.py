@@ -1,0 +1,119 @@
+"""Fine-tune a GPT on dialogue: settings → conversations → rows with a loss mask → train().
+
+    python finetune.py                                          the pre-trained model, on the chitchat sample
+    python finetune.py --init gpt2 --data my_dialogues.jsonl    GPT-2, on your own conversations
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+from data import locate
+from nanochat import InputError, checkpoint, dialogue, evaluate, generate, runtime, training
+from nanochat.dialogue import DialogueRows
+from nanochat.generate import SampleConfig
+from nanochat.training import TrainConfig
+
+
+@dataclass
+class Settings:
+    """Settings of a fine-tuning run; the defaults take minutes on a 2-core laptop."""
+
+    data: str = "chitchat"
+    """conversations: .jsonl or .json ("messages" or ShareGPT "conversations"), .txt (blank lines between), or a name in data/"""
+    val_data: str | None = None
+    """held-out conversations, if not a tenth of --data; used for validation and test"""
+    init: str = "out/pretrained"
+    """weights to start from: a run folder, a Hugging Face GPT-2 folder, gpt2 … gpt2-xl, nanoGPT's ckpt.pt"""
+    out: Path = Path("out/finetuned")
+    """run folder: checkpoints, metrics.jsonl, loss.png"""
+    resume: bool = False
+    """go on from the last checkpoint in --out"""
+    overwrite: bool = False
+    """delete what is in --out first"""
+    block_size: int | None = None
+    """longest row, in tokens ; None: the model's"""
+    dropout: float | None = None
+    """of embeddings and residual branches ; None: as in the model's file"""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
+        default_factory=lambda: TrainConfig(batch_size=8, learning_rate=1e-3, warmup_steps=20)
+    )
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = settings.training = settings.training.or_minutes(3)
+    torch.manual_seed(config.seed)
+    runtime.keep_freed_memory()
+    device = runtime.pick_device(config.device)
+    dtype = runtime.pick_dtype(config.dtype, device)
+    resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
+
+    conversations, problems = dialogue.read(locate(settings.data))
+    if settings.val_data:
+        held_out, more_problems = dialogue.read(locate(settings.val_data))
+        problems += more_problems
+        train_split, val_split, test_split = conversations, held_out, held_out
+    else:
+        train_split, val_split, test_split = dialogue.split(conversations)
+    report(problems, train_split, val_split, test_split)
+
+    model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
+    tokenizer = tokenizer.for_chat()
+    if tokenizer.vocab_size > model.config.vocab_size:  # a model that has never seen a chat token
+        model.grow(tokenizer.vocab_size)
+    if settings.dropout is not None:
+        model.config.dropout = settings.dropout
+    block_size = min(settings.block_size or model.config.block_size, model.config.block_size)
+    train_rows, val_rows, test_rows = (
+        DialogueRows.build(split, tokenizer, block_size) for split in (train_split, val_split, test_split)
+    )
+    share = train_rows.supervised_tokens / train_rows.input_tokens
+    print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
+          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)  # fmt: skip
+
+    def score(rows: DialogueRows, dtype=dtype) -> dict[str, float]:
+        return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype)
+
+    def evaluation() -> dict[str, float]:
+        return {f"val_{key}": value for key, value in score(val_rows).items()}
+
+    def sample() -> str:
+        prompt = [{"role": "user", "content": "Hello, how are you?"}]
+        ids = dialogue.render_prompt(prompt, tokenizer)
+        reply = generate.texts(model, tokenizer, [ids], SampleConfig(max_new_tokens=40, temperature=0))[0]
+        return f"Hello, how are you? → {reply}"
+
+    model.to(device)
+    before = score(test_rows, torch.float32)
+    print(f"test perplexity before: {before['perplexity']:.2f}")
+    training.train(model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings),
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)  # fmt: skip
+
+    model = checkpoint.load(settings.out)[0].to(device)  # the best
+    after = score(test_rows, torch.float32)
+    replies = evaluate.greedy_replies(model, tokenizer, test_split)
+    for prompt, reply in list(zip(replies.prompts, replies.replies))[:5]:
+        print(f"  {prompt!r} → {reply!r}")
+    print(replies)
+    print(f"test perplexity before {before['perplexity']:.2f}, after {after['perplexity']:.2f}")
+    print(f"wrote {settings.out}; next: python sample.py --checkpoint {settings.out}")
+
+
+def report(problems: list[str], train_split: list, val_split: list, test_split: list) -> None:
+    """Say what was read and left out; stop if a split is empty."""
+    for problem in problems[:5]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"left out {len(problems)} records in all", file=sys.stderr)
+    sizes = f"{len(train_split)} training, {len(val_split)} validation, {len(test_split)} test conversations"
+    if not (train_split and val_split and test_split):
+        raise InputError(f"{sizes}: too few to hold some out; add some, or name held-out ones with --val-data")
+    print(sizes, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    runtime.run_as_script(main)

@@ -1,0 +1,422 @@
+"""The one door to weights: folders that are Hugging Face GPT-2 checkpoints.
+
+    out/
+      step-000400/   config.json, model.safetensors, tokenizer.json, …   a Hugging Face folder
+                     nanochat.json    settings, results, versions
+                     resume/state.pt  optimizer, scaler, random state, data position
+      best -> step-000400    last -> step-000400
+
+A step folder is written as `.tmp-…`, flushed to disk and renamed once, so it is whole or absent;
+`best` and `last` are swapped by one rename each. Our parameter names are GPT-2's, so a
+conversion adds or strips the prefix "transformer." and transposes four matrices a block:
+GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
+
+`load` also opens what people have: Hugging Face folders (.safetensors or .bin, sharded or not),
+hub names, nanoGPT's ckpt.pt. Pickles are read with weights_only=True: they cannot run code.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat import InputError, __version__, runtime
+from nanochat.model import GPT, GPTConfig
+from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
+
+PREFIX = "transformer."
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks that old versions saved as weights
+
+# config.json of GPT-2: fields with a place in GPTConfig, …
+CONFIG_NAMES = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "resid_pdrop": "dropout",
+    "attn_pdrop": "attention_dropout",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+}
+# … fields that change the network, with the values that mean what model.py does, …
+CONFIG_REQUIRED = {
+    "model_type": ("gpt2",),
+    "n_inner": (None,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_word_embeddings": (True,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+# … and fields that do not. Anything else stops the load by name.
+CONFIG_IGNORED = set(
+    """
+    architectures transformers_version dtype torch_dtype bos_token_id eos_token_id pad_token_id sep_token_id
+    cls_token_id decoder_start_token_id n_ctx embd_pdrop initializer_range use_cache task_specific_params
+    gradient_checkpointing summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout id2label label2id num_labels problem_type finetuning_task prefix name_or_path
+    _name_or_path _num_labels _attn_implementation _commit_hash attn_implementation tokenizer_class
+    return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript
+    use_bfloat16 is_decoder cross_attention_hidden_size chunk_size_feed_forward tf_legacy_loss
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split()
+)
+
+
+def load(source: str | Path) -> tuple[GPT, Tokenizer]:
+    """Open a checkpoint: → (model in fp32 on the CPU in eval mode, tokenizer).
+
+    source: a run folder (its best, or else last, step), a Hugging Face GPT-2 folder, a nanoGPT
+    ckpt.pt, or a name on the Hugging Face hub such as gpt2. After loading, the model has exactly
+    one row per id of the tokenizer: fewer raise InputError, surplus rows are cut with a line.
+    """
+    path = locate(source)
+    config, tensors, conv1d = read(path)
+    state = rename(tensors, conv1d)
+    tokenizer = Tokenizer.gpt2() if path.is_file() else read_tokenizer(path, config)
+    rows, ids = config.vocab_size, tokenizer.vocab_size
+    if rows < ids:
+        raise InputError(f"{path}: the model has {rows:,} token rows, its tokenizer {ids:,} ids")
+    model = build(config, state, path)
+    if rows > ids:
+        print(f"{path}: {rows - ids} token rows have no id in the tokenizer; cut", file=sys.stderr)
+        model.cut(ids)
+    return model, tokenizer
+
+
+def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
+    """A GPT with exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [f"missing {name}" for name in wanted if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in wanted]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, must be {shape}"
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if wrong:
+        more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise InputError(f"{path}: weights do not fit the network: {'; '.join(wrong[:8])}{more}")
+    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Path:
+    """The folder (or ckpt.pt) that holds the weights: follows run folders, asks the hub for names."""
+    path = Path(source)
+    if path.is_dir():
+        for pointer in prefer:
+            if (path / pointer).is_dir():
+                return path / pointer
+            if (path / pointer).is_file():  # where links are forbidden, a file with the folder's name
+                return path / (path / pointer).read_text(encoding="utf-8").strip()
+        if (path / "config.json").exists():
+            return path
+        if (path / "ckpt.pt").exists():
+            return path / "ckpt.pt"
+        raise InputError(f"{path}: no config.json, ckpt.pt or {' or '.join(prefer)} in this folder")
+    if path.is_file():
+        return path
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and not str(source).startswith("out/"):
+        return download(str(source))
+    raise InputError(f"{source}: no such checkpoint folder")
+
+
+def download(name: str) -> Path:
+    """A model of the Hugging Face hub → its folder in the local cache. Nothing but data is fetched."""
+    import huggingface_hub
+
+    wanted = ["*.json", "merges.txt", "*.safetensors"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "merges.txt", "*.bin"]))
+        return folder
+    except Exception as error:  # the hub raises a dozen kinds, by version; the user's remedy is one
+        raise InputError(
+            f"{name}: no such folder here, and the Hugging Face hub gave {type(error).__name__}; put the "
+            f"model's config.json, model.safetensors (gpt2: 548 MB) and tokenizer.json into a folder and name "
+            f"it, from https://huggingface.co/{name} or, with HF_ENDPOINT set to it, https://hf-mirror.com"
+        ) from None
+
+
+# ------------------------------------------------------------------ reading
+
+
+class Source(NamedTuple):
+    """What a checkpoint holds, before renaming."""
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]  # by their names there
+    conv1d: bool  # four matrices a block are kept (in, out), as Hugging Face does
+
+
+def read(path: Path) -> Source:
+    """Config and tensors of a Hugging Face folder, or of nanoGPT's ckpt.pt (a file)."""
+    if path.is_file():
+        return read_nanogpt(path)
+    config = read_config(path / "config.json")
+    names = ("model.safetensors", "pytorch_model.bin")
+    found = [path / (name + end) for name in names for end in ("", ".index.json") if (path / (name + end)).exists()]
+    if not found:
+        raise InputError(f"{path}: no model.safetensors or pytorch_model.bin, nor an index of shards")
+    shards = [found[0]]
+    if found[0].suffix == ".json":
+        shards = [path / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors |= read_tensors(shard)
+    head, table = tensors.get("lm_head.weight"), tensors.get(PREFIX + "wte.weight", tensors.get("wte.weight"))
+    if head is not None and table is not None and not torch.equal(head, table):
+        raise InputError(f"{path}: lm_head.weight differs from wte.weight; an untied head is not implemented")
+    return Source(config, tensors, conv1d=True)
+
+
+def name_here(there: str) -> str | None:
+    """The name of a tensor in model.py; None for what is no parameter: the tied head, saved masks."""
+    name = there.removeprefix("_orig_mod.").removeprefix("module.").removeprefix(PREFIX)
+    return None if name == "lm_head.weight" or BUFFERS.fullmatch(name) else name
+
+
+def rename(tensors: dict[str, Tensor], conv1d: bool) -> dict[str, Tensor]:
+    """Tensors by their names there → tensors by our names, in nn.Linear's layout."""
+    state = {here: w for there, w in tensors.items() if (here := name_here(there)) is not None}
+    return {name: w.t() if conv1d and name.endswith(TRANSPOSED) else w for name, w in state.items()}
+
+
+def read_config(path: Path) -> GPTConfig:
+    """A GPT-2 config.json → GPTConfig; InputError names every field that model.py does not implement."""
+    if not path.exists():
+        raise InputError(f"{path.parent}: no config.json, so this is no Hugging Face checkpoint")
+    fields = read_json(path)
+    wrong = []
+    for name, value in fields.items():
+        if name in CONFIG_REQUIRED and value not in CONFIG_REQUIRED[name]:
+            if name == "n_inner" and value == 4 * fields.get("n_embd", 768):
+                continue
+            wrong.append(f"{name} is {value!r}, must be {CONFIG_REQUIRED[name][0]!r}")
+        elif name not in CONFIG_REQUIRED and name not in CONFIG_NAMES and name not in CONFIG_IGNORED:
+            wrong.append(f"{name} ({value!r}) is unknown")
+    values = {ours: fields[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in fields}
+    if values.get("activation") == "gelu_pytorch_tanh":
+        values["activation"] = "gelu_new"  # another name of the same function
+    if fields.get("embd_pdrop", 0.1) != fields.get("resid_pdrop", 0.1):
+        wrong.append("embd_pdrop differs from resid_pdrop; one dropout serves both")
+    if wrong:
+        raise InputError(f"{path}: not implemented here: {'; '.join(wrong)}")
+    defaults = {"dropout": 0.1, "attention_dropout": 0.1}  # what an absent field means in Hugging Face
+    return GPTConfig(**defaults | values)
+
+
+def read_nanogpt(path: Path) -> Source:
+    """nanoGPT's ckpt.pt. Its GELU is the erf form; absent biases (bias=False) are zeros."""
+    content = read_tensors(path)
+    if not isinstance(content.get("model"), dict) or "model_args" not in content:
+        raise InputError(f"{path}: keys are {list(content)[:8]}; a nanoGPT checkpoint has model and model_args")
+    args, tensors = content["model_args"], content["model"]
+    shape = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    if shape["vocab_size"] not in (50257, 50304):
+        raise InputError(
+            f"{path}: vocab_size {shape['vocab_size']:,} is not GPT-2's 50,257 (or 50,304 padded), "
+            f"and the file holds no tokenizer"
+        )
+    dropout = args.get("dropout", 0.0)
+    config = GPTConfig(**shape, dropout=dropout, attention_dropout=dropout, activation="gelu")
+    if not args.get("bias", True):
+        with torch.device("meta"):
+            parameters = dict(GPT(config).named_parameters())
+        tensors |= {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith("bias")}
+    return Source(config, tensors, conv1d=False)
+
+
+def read_tensors(path: Path) -> dict:
+    """A .safetensors, .bin or .pt file on the CPU; InputError for a damaged file or one that runs code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "nsupported" in line), "")
+        raise InputError(f"{path}: refused: it is damaged or holds more than weights. {reason}".rstrip()) from None
+    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
+    """The tokenizer of a folder; GPT-2's own where there is none and the rows are GPT-2's."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = Tokenizer.load(folder)
+    elif config.vocab_size == 50257:
+        return Tokenizer.gpt2()
+    else:
+        raise InputError(f"{folder}: no tokenizer.json, and {config.vocab_size:,} rows are not GPT-2's 50,257")
+    ours = folder / "nanochat.json"
+    named = read_json(ours).get("template") if ours.exists() else None
+    if named is not None and (named != TEMPLATE_NAME or tokenizer.chat_template != CHAT_TEMPLATE):
+        raise InputError(f"{folder}: made with chat template {named!r}, this version speaks {TEMPLATE_NAME!r}")
+    return tokenizer
+
+
+# ------------------------------------------------------------------ writing
+
+
+def open_run(out: Path, resume: bool, overwrite: bool) -> dict | None:
+    """Make the run folder ready; with resume, the state of its last checkpoint.
+
+    A folder that holds a run is never written over unasked: InputError names the two flags.
+    """
+    if resume:
+        last = locate(out, ("last",)) / "resume" / "state.pt"
+        return read_tensors(last)
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")
+        if not any((out / name).exists() for name in ("metrics.jsonl", "last")):
+            raise InputError(f"--overwrite: {out} does not look like a run folder; empty it by hand")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,
+         resume: dict | None = None, best: bool = False, keep: int = 2) -> Path:  # fmt: skip
+    """Write out/step-NNNNNN, point `last` (and, if best, `best`) at it, drop older steps but `keep`."""
+    out = Path(out)
+    final, temporary = out / f"step-{step:06d}", out / f".tmp-step-{step:06d}"
+    remove_litter(out)
+    temporary.mkdir(parents=True)
+    write_hugging_face(temporary, model, tokenizer)
+    about = {
+        "step": step,
+        "results": results,
+        "settings": settings,
+        "template": TEMPLATE_NAME if tokenizer.chat_template else None,
+        "tokenizer_hash": tokenizer.hash,
+        "versions": {"nanochat": __version__, "torch": torch.__version__},
+    }
+    write_json(temporary / "nanochat.json", about)
+    if resume is not None:
+        (temporary / "resume").mkdir()
+        torch.save(resume, temporary / "resume" / "state.pt")
+    for path in [*temporary.rglob("*"), temporary]:
+        flush_to_disk(path)
+    if final.exists():  # the same step saved again, by a run that repeats it
+        os.replace(final, out / f".tmp-old-{final.name}")
+    os.replace(temporary, final)
+    flush_to_disk(out)
+    point(out / "last", final)
+    if best:
+        point(out / "best", final)
+    kept = {locate(out, (name,)).resolve() for name in ("best", "last") if (out / name).exists()}
+    for old in sorted(out.glob("step-*"))[:-keep]:
+        if old.resolve() not in kept:
+            shutil.rmtree(old)
+    remove_litter(out)
+    return final
+
+
+def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """config.json, generation_config.json, fp32 model.safetensors and the tokenizer files."""
+    config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
+    eos = [tokenizer.control[END_OF_TURN]] if tokenizer.chat_template else []
+    ids = {"bos_token_id": tokenizer.end_of_text, "pad_token_id": tokenizer.end_of_text}
+    write_json(
+        folder / "config.json",
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config,
+         "embd_pdrop": model.config.dropout, "tie_word_embeddings": True, "dtype": "float32",
+         **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
+    )  # fmt: skip
+    write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
+    tensors = {
+        PREFIX + name: (w.t() if name.endswith(TRANSPOSED) else w).detach().float().cpu().contiguous()
+        for name, w in model.named_parameters()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors ignores the umask
+    tokenizer.save(folder)
+
+
+def point(pointer: Path, target: Path) -> None:
+    """Make `pointer` name `target`, its neighbour, in one step: a link, or a file with the name."""
+    temporary = pointer.with_name(f".tmp-{pointer.name}")
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:
+        temporary.write_text(target.name + "\n", encoding="utf-8")
+    os.replace(temporary, pointer)
+    flush_to_disk(pointer.parent)
+
+
+def remove_litter(out: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for litter in Path(out).glob(".tmp-*"):
+        shutil.rmtree(litter) if litter.is_dir() and not litter.is_symlink() else litter.unlink()
+
+
+def flush_to_disk(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle on a folder to flush
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Convert any checkpoint that `load` opens into a Hugging Face GPT-2 folder, tensor by tensor."""
+    parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint", description=main.__doc__)
+    parser.add_argument("source", help="run folder, Hugging Face folder, nanoGPT ckpt.pt or hub name")
+    parser.add_argument("destination", type=Path, help="a folder that does not exist yet")
+    args = parser.parse_args()
+    if args.destination.exists():
+        raise InputError(f"{args.destination} exists already; name a new folder")
+    source = read(locate(args.source))
+    print(f"{'name there':<44}{'name here':<30}{'shape here':>14}  transposed")
+    for there, w in sorted(source.tensors.items()):
+        here = name_here(there)
+        turned = source.conv1d and here is not None and here.endswith(TRANSPOSED)
+        shape = " x ".join(map(str, reversed(w.shape) if turned else w.shape))
+        print(f"{there:<44}{here or '- (no parameter)':<30}{shape:>14}  {'yes' if turned else ''}")
+    model, tokenizer = load(args.source)  # stops here, with their names, if any are missing or unexpected
+    temporary = args.destination.with_name(f".tmp-{args.destination.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_hugging_face(temporary, model, tokenizer)
+    os.replace(temporary, args.destination)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"missing: none; unexpected: none; {total:,} parameters; {model.config}")
+    print(f"wrote {args.destination}")
+
+
+if __name__ == "__main__":
+    runtime.run_as_script(main)

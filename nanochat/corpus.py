@@ -1,0 +1,556 @@
+"""Pre-training text: a Wikipedia dump, plain text or JSONL → documents → token shards → crops.
+
+`prepare` runs the whole way once. It writes the cleaned documents to `train.jsonl` and `val.jsonl`
+(open them: this is what the model reads), trains a tokenizer on the first if none was given, and
+encodes both into shards. `corpus.json` comes last: a folder without it is unfinished and made
+anew, one that answers the same request is used at once. A tenth of the documents is held out by a
+hash of the title: the same articles on every machine. `TokenStream` reads the shards as one row of
+ids: an end-of-text, then every document followed by its own. Memory is a few MB for any source.
+
+Sources: GPT-2 (Radford et al. 2019) for crops that run across documents; the MediaWiki export
+format (mediawiki.org/wiki/Help:Export) and en.wikipedia.org/wiki/Help:Wikitext for the cleaning.
+"""
+
+import argparse
+import bz2
+import html
+import json
+import multiprocessing
+import os
+import re
+import urllib.parse
+import urllib.request
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+from xml.etree import ElementTree
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat import InputError
+from nanochat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # each cleaning process imports this page; torch would cost it 2 s and 200 MB
+    from nanochat.model import Batch
+
+VERSION = 1  # of the cleaning rules and the shard format; a new number makes old folders anew
+HELD_OUT = 0.10  # of the titles
+VOCAB_SIZE = 16_384  # fewer bits per byte than 4,096 after three minutes on the Wikipedia sample
+TOKENIZER_DOCUMENTS = 100_000  # to learn merges from; more cost hours and hardly move a merge
+SHARD_TOKENS = 100_000_000  # 200 MB a file in uint16
+HEADER = 512  # bytes before a shard's ids: JSON padded with spaces (`head -c 512` shows it)
+PIECE = 1 << 16  # bytes read at a time, and the length at which a text file is cut
+SUFFIXES = (".txt", ".md", ".jsonl", ".xml", ".bz2")  # of the files that a folder is searched for
+NOT_UTF8 = "{}: not UTF-8 at byte {}; convert it, e.g. iconv -f gbk -t utf-8"
+
+
+def prepare(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    val_source: str | Path | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Turn `source` into token shards, the tokenizer's files and a manifest, all in `folder`.
+
+    source, val_source: what `documents` takes; with `val_source` nothing of `source` is held out
+    vocab_size: train a tokenizer of this size (default 16,384) on the training split, or
+    tokenizer: use this one
+    workers: processes that clean Wikipedia articles, default one a CPU core
+    Returns the folder. Raises InputError for an unusable source or one too small for two splits.
+    Call it from one process (rank 0) and under `if __name__ == "__main__"`: workers are spawned.
+    """
+    if tokenizer and vocab_size:
+        raise InputError(f"give a tokenizer or --vocab-size {vocab_size}, not both")
+    folder = Path(folder)
+    source, val_source = _local(source, folder.parent), val_source and _local(val_source, folder.parent)
+    request = {
+        "version": VERSION,
+        "source": _fingerprint(source),
+        "val_source": val_source and _fingerprint(val_source),
+        "tokenizer": tokenizer.hash if tokenizer else f"own, {vocab_size or VOCAB_SIZE} ids",
+    }
+    manifest = folder / "corpus.json"
+    if manifest.exists() and json.loads(manifest.read_text("utf-8"))["request"] == request:
+        print(f"{folder}: already prepared from {source}")
+        return folder
+    for path in filter(None, (source, val_source)):
+        if folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise InputError(f"{path} lies in {folder}, which will be overwritten: name another")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.unlink(missing_ok=True)  # first to go and last to come: without it, no corpus
+    for old in (*folder.glob("train-*.bin"), *folder.glob("val-*.bin")):
+        old.unlink()
+    held_out = _write_splits(source, val_source, folder, workers)
+    if tokenizer is None:
+        texts = islice(_texts(folder / "train.jsonl"), TOKENIZER_DOCUMENTS)
+        tokenizer = Tokenizer.train(texts, vocab_size or VOCAB_SIZE)
+    tokenizer.save(folder)
+    sums = {split: _write_shards(folder, split, tokenizer) for split in ("train", "val")}
+    about = {"request": request, "tokenizer_hash": tokenizer.hash, **sums, "held_out": held_out}
+    partial = folder / "corpus.json.part"
+    partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(partial, manifest)
+    for split in sums:
+        print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in sums[split].items()))
+    print(f"held out {len(held_out):,}: {', '.join(held_out[:4])}{' …' if held_out[4:] else ''}")
+    return folder
+
+
+class TokenStream:
+    """One split of a prepared folder as a row of ids, cut into crops of `block_size` = T.
+
+    Crops run across document boundaries, as in GPT-2's training. Ids are read from the file when
+    asked for: pages of a memory map would count as this process's memory, up to the whole corpus.
+    Raises InputError for a folder that is unfinished, damaged, made with another tokenizer, or
+    (training split) too short for one crop.
+    """
+
+    def __init__(self, folder: str | Path, split: str, tokenizer: Tokenizer, block_size: int):
+        folder = Path(folder)
+        if not (folder / "corpus.json").exists():
+            raise InputError(f"{folder} has no corpus.json: not prepared, or not to the end")
+        self.block_size, self.end_of_text = block_size, tokenizer.end_of_text
+        self.shards = [(path, _header(path)) for path in sorted(folder.glob(f"{split}-*.bin"))]
+        for path, header in self.shards:
+            if header["tokenizer_hash"] != tokenizer.hash:
+                ids = f"{header['vocab_size']:,} ids, hash {header['tokenizer_hash'][:12]}"
+                mine = f"{tokenizer.vocab_size:,} ids, hash {tokenizer.hash[:12]}"
+                raise InputError(f"{path}: its tokenizer ({ids}) is not the model's ({mine})")
+        self.starts = np.cumsum([0] + [header["tokens"] for _, header in self.shards])
+        self.tokens = int(self.starts[-1])  # including the end-of-text tokens
+        if split == "train" and not len(self):
+            needed = f"one crop of --block-size {block_size} needs {block_size + 1}"
+            raise InputError(f"{folder}: {self.tokens} training tokens, {needed}; give more text")
+
+    def __len__(self) -> int:
+        return (self.tokens - 1) // self.block_size
+
+    def batch(self, indices: Sequence[int]) -> "Batch":
+        """The crops `indices`: inputs (B, T), and targets (B, T) one token later, int64."""
+        import torch
+
+        from nanochat.model import Batch
+
+        if any(not 0 <= index < len(self) for index in indices):
+            raise IndexError(f"crops {list(indices)}: this stream has 0 … {len(self) - 1}")
+        starts = [index * self.block_size for index in indices]
+        rows = np.stack([self._ids(start, start + self.block_size + 1) for start in starts])
+        rows = torch.from_numpy(rows)  # (B, T + 1)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    def windows(self, batch_size: int, max_tokens: int | None = None) -> "Iterator[Batch]":
+        """Fixed windows for evaluation: each token but the first is a target once, in order.
+
+        max_tokens: only that many targets. The last window is padded: end-of-text, target -100.
+        """
+        import torch
+
+        from nanochat.model import IGNORED, Batch
+
+        last = min(self.tokens - 1, max_tokens or self.tokens)
+        for start in range(0, last, batch_size * self.block_size):
+            count = min(batch_size * self.block_size, last - start)
+            rows = -(-count // self.block_size)
+            ids = torch.from_numpy(self._ids(start, start + count + 1))
+            inputs = torch.full((rows * self.block_size,), self.end_of_text)
+            targets = torch.full((rows * self.block_size,), IGNORED)
+            inputs[:count], targets[:count] = ids[:-1], ids[1:]
+            yield Batch(inputs.view(rows, -1), targets.view(rows, -1))
+
+    def _ids(self, start: int, stop: int) -> np.ndarray:
+        """Ids start … stop - 1 of the row, int64, from as many shards as they lie in."""
+        parts = []
+        for (path, header), first in zip(self.shards, self.starts, strict=False):
+            low, high = max(start - first, 0), min(stop - first, header["tokens"])
+            if low < high:
+                offset = HEADER + low * np.dtype(header["dtype"]).itemsize
+                parts.append(np.fromfile(path, header["dtype"], high - low, offset=offset))
+        return np.concatenate(parts).astype(np.int64)
+
+
+# ---- splits and shards --------------------------------------------------------------------------
+
+
+def is_held_out(title: str) -> bool:
+    """Whether a title is among the tenth kept for validation: its salted SHA-256 decides."""
+    digest = sha256(b"nanochat held out: " + title.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def _write_splits(source, val_source, folder: Path, workers: int | None) -> list[str]:
+    """Write `train.jsonl` and `val.jsonl`; return the titles in the second."""
+
+    def by_title() -> Iterator[tuple[str, str, str]]:
+        for title, text in documents(source, workers=workers):
+            yield "val" if not val_source and is_held_out(title) else "train", title, text
+        for title, text in documents(val_source, workers=workers) if val_source else ():
+            yield "val", title, text
+
+    def last_tenth(whole: Path, left: int) -> Iterator[tuple[str, str, str]]:
+        for title, text in _records(whole):
+            cut = min(left, len(text))
+            left -= cut
+            if cut < len(text):  # back to a line break, if there is one near
+                cut = text.rfind("\n", cut // 2, cut) + 1 or cut
+            yield "train", title, text[:cut]
+            yield "val", title, text[cut:]
+
+    def write(rows: Iterable[tuple[str, str, str]]) -> tuple[dict[str, int], list[str]]:
+        characters, held_out = {"train": 0, "val": 0}, {}  # the second an ordered set
+        files = {split: open(folder / f"{split}.jsonl", "wb") for split in characters}
+        with files["train"], files["val"]:
+            for split, title, text in rows:
+                if text.strip():
+                    line = json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n"
+                    files[split].write(line.encode("utf-8"))
+                    characters[split] += len(text)
+                    held_out |= {title: None} if split == "val" else {}
+        return characters, list(held_out)
+
+    characters, held_out = write(by_title())
+    if 0 in characters.values() and not val_source:  # one document, or few on the same side
+        whole, total = folder / "whole.jsonl", sum(characters.values())
+        os.replace(folder / ("train.jsonl" if characters["train"] else "val.jsonl"), whole)
+        characters, held_out = write(last_tenth(whole, round(total * (1 - HELD_OUT))))
+        whole.unlink()
+    if 0 in characters.values():
+        raise InputError(f"{source}: {characters} characters, but both splits need text; give more")
+    return held_out
+
+
+def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, int]:
+    """Encode `split`.jsonl into shards that end where a document ends; return the sums."""
+    header = {"magic": "nanochat tokens", "version": VERSION, "vocab_size": tokenizer.vocab_size}
+    header["dtype"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    header["tokenizer_hash"] = tokenizer.hash
+    total = {"documents": 0, "bytes": 0, "tokens": 0}
+    with _bar(f"encoding {split}", (folder / f"{split}.jsonl").stat().st_size) as bar:
+        stream = _texts(folder / f"{split}.jsonl")
+        for number in count():
+            sums = dict.fromkeys(total, 0)
+            with open(folder / f"{split}-{number:05}.bin", "wb") as shard:
+                shard.write(b" " * HEADER)
+                while sums["tokens"] < SHARD_TOKENS and (texts := list(islice(stream, 16))):
+                    ids = [] if total["tokens"] + sums["tokens"] else [tokenizer.end_of_text]
+                    for document in tokenizer.encode_batch(texts):
+                        ids += [*document, tokenizer.end_of_text]
+                    shard.write(np.array(ids, header["dtype"]).tobytes())
+                    size = sum(len(text.encode("utf-8")) for text in texts)
+                    for key, n in zip(sums, (len(texts), size, len(ids)), strict=True):
+                        sums[key] += n
+                    bar.set_postfix(tokens=total["tokens"] + sums["tokens"], refresh=False)
+                    bar.update(size)
+                shard.seek(0)
+                shard.write(json.dumps(header | sums).encode("ascii").ljust(HEADER))
+            total = {key: total[key] + sums[key] for key in total}
+            if not texts:
+                return total
+
+
+def _header(path: Path) -> dict:
+    """The header of a shard: vocab_size, dtype, tokenizer_hash; documents, bytes and tokens in it."""
+    with open(path, "rb") as shard:
+        head = shard.read(HEADER)
+    header = json.loads(head) if head.startswith(b'{"magic": "nanochat tokens"') else {}
+    if header.get("version") != VERSION:
+        raise InputError(f"{path} is no shard of version {VERSION}: delete it and prepare again")
+    size = HEADER + header["tokens"] * np.dtype(header["dtype"]).itemsize
+    if path.stat().st_size != size:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: prepare again")
+    return header
+
+
+# ---- sources ------------------------------------------------------------------------------------
+
+
+def documents(source: str | Path, *, workers: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (title, text) of every document with text in `source`, in order, a few MB at a time.
+
+    source is told by what it is: a MediaWiki dump (XML, also .bz2); a text file, titled by its name
+    and cut at line breaks into documents of 64 kB if longer; JSONL with `text` and maybe `title`;
+    a folder of such files; an http(s) URL of one (kept in the working directory); or a Hugging
+    Face data set, `owner/name` or `owner/name:config`: its split "train", column `text`.
+    Raises InputError naming file and line. A progress bar is on stderr after two seconds.
+    """
+    source = Path(_local(source, Path()))
+    files, found = _files(source), 0
+    top = source if source.is_dir() else source.parent
+    with _bar(f"reading {source.name}", sum(path.stat().st_size for path in files)) as bar:
+        readers = [_read_file(path, top, workers, bar) for path in files] or [_read_hub(source)]
+        for title, text in chain(*readers):
+            if text.strip():
+                found += 1
+                bar.set_postfix(documents=found, refresh=False)
+                # to UTF-8 and back: half a surrogate pair, possible in JSON, becomes "?"
+                yield tuple(part.encode("utf-8", "replace").decode("utf-8") for part in (title, text))
+    if not found:
+        raise InputError(f"{source}: no document with text in it")
+
+
+def _files(source: str | Path) -> list[Path]:
+    """The files of a source; none for a data set on the Hugging Face hub."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{path}: no file in this folder ends in {' '.join(SUFFIXES)}")
+        return files
+    if path.exists():
+        return [path]
+    if re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]+)?", str(source)) and path.suffix not in SUFFIXES:
+        return []
+    raise InputError(f"{path}: no such file or folder (nor a URL, nor owner/name of a data set)")
+
+
+def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterator[tuple[str, str]]:
+    # Under LC_ALL=C Python decodes file names as ASCII: take the bytes, titles are UTF-8 everywhere.
+    name = os.fsencode(path.relative_to(top).as_posix()).decode("utf-8", "replace")
+    suffix = Path(name.removesuffix(".bz2")).suffix
+    before = bar.n
+    with open(path, "rb") as raw:
+        file = bz2.open(raw) if raw.peek(3).startswith(b"BZh") else raw
+        try:
+            head = file.peek(1000)[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
+            if not head:
+                raise InputError(f"{path} is empty")
+            if b"\0" in head:
+                raise InputError(f"{path} has zero bytes, so it is not UTF-8 text: convert it")
+            if re.match(rb"(<\?xml[^>]*>\s*)?<mediawiki", head):
+                pairs = _wikipedia(file, workers)
+            elif suffix == ".xml":
+                raise InputError(f"{path} is no MediaWiki dump: it starts with {head[:40]!r}")
+            else:
+                pairs = (_json_lines if suffix.startswith(".json") else _plain_text)(file, name)
+            for pair in pairs:
+                bar.update(before + raw.tell() - bar.n)
+                yield pair
+        except EOFError as error:
+            raise InputError(f"{path} ends too early: copy or download it again") from error
+        except ElementTree.ParseError as error:
+            raise InputError(f"{path}: broken XML, {error}") from error
+
+
+def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+    """Pieces of at most 2 · PIECE bytes, cut at a blank line, else a line, else a character."""
+    position, rest = 0, b""
+    while (chunk := file.read(PIECE)) or rest:
+        rest += chunk
+        cut = len(rest)
+        if chunk:  # more may come, so leave the last, perhaps unfinished, paragraph for later
+            lead = len(rest.rstrip(bytes(range(0x80, 0xC0)))) - 1  # where the last character starts
+            cut = rest.rfind(b"\n\n") + 1 or rest.rfind(b"\n") + 1 or max(lead, 1)
+        try:
+            text = rest[:cut].decode("utf-8" if position else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(NOT_UTF8.format(name, position + error.start)) from error
+        yield name, text.replace("\r\n", "\n")
+        position, rest = position + cut, rest[cut:]
+
+
+def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(lines, 1):
+        where = f"{name}, line {number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig")) if line.strip() else {"text": ""}
+        except UnicodeDecodeError as error:
+            raise InputError(NOT_UTF8.format(where, error.start)) from error
+        except ValueError as error:
+            raise InputError(f"{where}: not a JSON object ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            seen = list(record) if isinstance(record, dict) else type(record).__name__
+            raise InputError(f'{where}: must be an object whose "text" is a string, not {seen}')
+        yield str(record.get("title") or where), record["text"]
+
+
+def _read_hub(source: Path) -> Iterator[tuple[str, str]]:
+    name, _, config = source.as_posix().partition(":")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, config or None, split="train", streaming=True)
+    except ImportError as error:
+        raise InputError(f"{source}: no such file; for a data set, pip install datasets") from error
+    except Exception as error:  # theirs are of many kinds: offline, misspelt, gated, no such config
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source}: no such file, and as a data set of the hub: {reason}") from error
+    yield from _json_lines((json.dumps(row, default=str).encode("ascii") for row in rows), str(source))
+
+
+# ---- Wikipedia ----------------------------------------------------------------------------------
+
+LISTS = (  # sections without prose
+    "References|Notes|Footnotes|Citations|Notes and references|References and notes|Sources"
+    "|See also|External links|Further reading|Bibliography|Works cited|Literature|Publications"
+    "|参考文献|參考文獻|参考资料|參考資料|注释|註釋|脚注|外部链接|外部連結|参见|參見|相关条目|延伸阅读|延伸閱讀"
+)
+MEDIA = "File|Image|Media|Category|文件|档案|檔案|图像|分类|分類|simple|zh-[a-z-]+|[a-z]{2,3}"
+BLOCKS = "ref|gallery|math|timeline|source|syntaxhighlight|score|imagemap|hiero"
+LAST = "lang|lang-[^|{}]*|transl|nowrap|nobold|small|smaller|big|abbr|angbr|keypress|sc|vr|mvar"
+FIRST = "nihongo|vanchor|visible anchor|val|quote|blockquote|cquote|quotation|nts|unicode"
+LINKED = r"(?:[^\[\]]|\[(?!\[)|\](?!\]))*"  # what may stand in a link: single brackets too
+MEASURE = r"\{\{\s*(?:convert|cvt)\s*\|"
+# fmt: off
+# Wikitext nests, and regular expressions do not. So a rule takes only what has nothing nested in
+# it any more, and the table runs again until the text no longer changes. "\0" marks headings.
+RULES = [  # pattern, replacement, what it is and why it goes or stays
+    (r"(?s)<!--.*?-->", "", "notes among editors"),
+    (rf"(?is)<({BLOCKS})\b[^<>]*?(?:/>|>.*?</\1\s*>)", "", "footnotes, pictures, formulas, code"),
+    (rf"(?im)^(==+)[ \t]*(?:{LISTS})[ \t]*\1[ \t]*$(?:\n(?!==).*|\n\1=.*)*", "", "lists, with subsections"),
+    (r"(?m)^(==+)[ \t]*(.+?)[ \t]*\1[ \t]*$", "\0\\2", "headings keep their words"),
+    (r"__[A-Z]+__", "", "switches such as __NOTOC__"),
+    (r"-\{[HT]\|.*?\}-", "", "Chinese conversion rules that show nothing"),
+    (r"-\{(?:[^{}]*?zh-(?:hans|cn)\s*:|[^{};:]*:)?([^{};]*)[^{}]*\}-", r"\1", "else the simplified form"),
+    (rf"(?i)\[\[\s*(?:{MEDIA})\s*:{LINKED}\]\]", "", "pictures, categories, other languages"),
+    (rf"\[\[(?:[^\[\]|]*\|)?({LINKED})\]\]", r"\1", "links keep what they show"),
+    (r"\[(?:https?:|ftp:)?//[^\s\[\]]+\s*([^\[\]]*)\]", r"\1", "links to the web keep their label"),
+    (rf"(?i)({MEASURE}[^{{}}]*?\|)([CF])(?=[|}}])", r"\1°\2", "degrees, before the next rule"),
+    (rf"(?i){MEASURE}([^{{}}|]*)\|(?:(to|and|or|by|x|-|–)\|([^{{}}|]*)\|)?([^{{}}|]*)[^{{}}]*\}}\}}",
+     r"\1 \2 \3 \4", "measures as they were given: '5 to 7 km'"),
+    (rf"(?i)\{{\{{\s*(?:{LAST})\s*\|(?:[^{{}}]*\|)?([^{{}}|]*)\}}\}}", r"\1", "marked words"),
+    (rf"(?i)\{{\{{\s*(?:{FIRST})\s*\|([^{{}}|]*)[^{{}}]*\}}\}}", r"\1", "quotations, names"),
+    (r"\{\{\s*(HMS|USS|RMS|SS|MV)\s*\|([^{}|]*)[^{}]*\}\}", r"\1 \2", "names of ships"),
+    (r"(?i)\{\{\s*(?:snd|spaced ndash|ndash)\s*\}\}", " – ", "dashes"),
+    (r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}", "", "other templates: boxes, citations, warnings"),
+    (r"(?sm)^[ \t:*]*\{\|(?:(?!\n[ \t:*]*\{\|).)*?\n\s*\|\}", "", "tables"),
+    (r"(?m)^[*#:;].*\bISBN\b.*$", "", "lists of books"),
+    (r"(?<=\d)<sup>([-−–+]?\d+)</sup>", r"^\1", "10 to the 6th is not 106"),
+    (r"<br\s*/?>|&nbsp;|[\t\xa0]", " ", "kinds of space"),
+    (r"</?[a-zA-Z][^<>]*>", "", "other HTML tags, not what they enclose"),
+    (r"''+", "", "italic and bold"),
+    (r"(?m)^[*#:;]+[ \t]*", "", "marks of lists and indents"),
+    (r"([(（])[ ,;:，；]+", r"\1", "what templates leave in parentheses"),
+    (r"[ ,;:，；]+([)）])", r"\1", "likewise at the end of them"),
+    (r" ?(?:\(\)|（）|\[\])", "", "parentheses left empty"),
+    (r" +(?=[,.;:]?(?:[ \n]|\Z))", "", "double spaces, and those before a stop or a line's end"),
+    (r"(?m)^ +", "", "spaces that begin a line"),
+    (r"(?m)^[^\w\n\0]+$", "", "lines without a letter, where a formula was"),
+    (r"\n{3,}", "\n\n", "more than one blank line"),
+    (r"\0.*\s*(?=\0|\Z)", "", "headings with nothing under them"),
+]
+# fmt: on
+RULES = [(re.compile(pattern), replacement) for pattern, replacement, _ in RULES]
+STRAY = re.compile(r"\[\[[^\[\]|\n]*\||\[\[|\]\]|\{\{|\}\}|\0")  # brackets that were never closed
+NO_ARTICLE = re.compile(  # a redirect in an old dump, or a page that tells homonyms apart
+    r"(?is)\s*#(?:redirect|重定向)|.*\{\{\s*(?:disambig|dab|hndis|geodis|消歧义|消歧義"
+    r"|[^{}|]*\bdisambiguation(?! needed))\s*[|}]"
+)
+ALONE = 200  # articles cleaned in this process before others are started, which takes a second
+QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
+
+
+def clean(wikitext: str) -> str:
+    """The prose of an article as plain text: paragraphs and headings, no markup."""
+    before = None
+    while before != wikitext:
+        before = wikitext
+        for pattern, replacement in RULES:
+            wikitext = pattern.sub(replacement, wikitext)
+    return html.unescape(STRAY.sub("", wikitext)).replace("\xa0", " ").strip()
+
+
+def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]:
+    """The cleaned articles of a dump: namespace 0, no redirects, no disambiguation pages."""
+    articles = _articles(file)
+    for title, wikitext in islice(articles, ALONE if workers != 1 else None):
+        yield title, clean(wikitext)
+    # "spawn", since a forked copy of a process with threads (torch, tokenizers) may hang. A queue,
+    # since Executor.map would read the whole dump before the first result.
+    context, queue = multiprocessing.get_context("spawn"), deque()
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        for title, wikitext in articles:
+            queue.append((title, pool.submit(clean, wikitext)))
+            if len(queue) == QUEUE:
+                title, text = queue.popleft()
+                yield title, text.result()
+        for title, text in queue:
+            yield title, text.result()
+
+
+def _articles(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    events = ElementTree.iterparse(file, events=("start", "end"))
+    _, root = next(events)
+    for event, page in events:
+        if event == "end" and page.tag.endswith("}page"):
+            wikitext = page.findtext("{*}revision/{*}text") or ""
+            is_article = page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None
+            if is_article and not NO_ARTICLE.match(wikitext):
+                yield page.findtext("{*}title") or "", wikitext
+            root.clear()  # or the pages read so far would stay in memory
+
+
+# ---- small parts --------------------------------------------------------------------------------
+
+
+def _local(source: str | Path, folder: Path) -> str | Path:
+    """`source`, or the file in `folder` to which this URL was downloaded, now or earlier."""
+    if not re.match("https?://", str(source)):
+        return source
+    target = folder / (Path(urllib.parse.urlparse(source).path).name or "download")
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    request = urllib.request.Request(source, headers={"User-Agent": "nanochat-gpt2"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with _bar(f"downloading {target.name}", size) as bar:
+                while chunk := response.read(PIECE):
+                    bar.update(file.write(chunk))
+                if bar.n < size:
+                    raise OSError(f"the connection ended after {bar.n:,} of {size:,} bytes")
+    except OSError as error:
+        raise InputError(f"{source}: {error}; try again, or download it to a file") from error
+    os.replace(partial, target)
+    return target
+
+
+def _fingerprint(source: str | Path) -> str:
+    """Changes when a file of the source does (path, size, time of change)."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
+    where = Path(source).resolve() if stats else source
+    return f"{ascii(str(where))} {sha256(ascii(stats).encode('ascii')).hexdigest()[:16]}"
+
+
+def _records(path: Path) -> Iterator[tuple[str, str]]:
+    with open(path, "rb") as file:
+        yield from _json_lines(file, path.name)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    return (text for _, text in _records(path))
+
+
+def _bar(what: str, size: int) -> tqdm:
+    return tqdm(total=size or None, desc=what, unit="B", unit_scale=True, delay=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m nanochat.corpus", description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="Wikipedia dump, text, JSONL, folder, URL or owner/name")
+    parser.add_argument("folder", help="where shards, tokenizer and manifest go")
+    parser.add_argument("--val-data", help="held-out text; default: a tenth of the titles of SOURCE")
+    parser.add_argument("--vocab-size", type=int, help=f"of a new tokenizer, default {VOCAB_SIZE:,}")
+    parser.add_argument("--tokenizer", help="instead of a new one: gpt2, or a folder that has one")
+    parser.add_argument("--workers", type=int, help="processes that clean, default: one a CPU core")
+    args = parser.parse_args()
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
+    prepare(args.source, args.folder, vocab_size=args.vocab_size, tokenizer=tokenizer,
+            val_source=args.val_data, workers=args.workers)  # fmt: skip
+
+
+if __name__ == "__main__":
+    from nanochat.runtime import run_as_script
+
+    run_as_script(main)

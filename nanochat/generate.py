@@ -1,0 +1,264 @@
+"""Text out of a model: choosing the next token, decoding with a cache, streaming, chat turns.
+
+The model gives logits; pure functions turn them into a choice; `generate` feeds the choice
+back, reading each token once thanks to the cache. `stream_text` turns ids into text without
+broken characters, and `Chat` keeps a conversation within the block.
+
+Sources: top-k, Fan et al. 2018; top-p, Holtzman et al. 2020; min-p, Nguyen et al. 2024;
+repetition penalty, Keskar et al. 2019; their order and edges as in Hugging Face's generate.
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanochat import InputError
+from nanochat.dialogue import Conversation, render_prompt
+from nanochat.model import GPT
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass
+class SampleConfig:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = 200
+    """longest text to generate, in tokens"""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: the model's own distribution; above: flatter"""
+    top_k: int = 0
+    """choose among the k likeliest tokens only (0: all)"""
+    top_p: float = 0.95
+    """choose among the likeliest tokens that together reach this probability (1: all)"""
+    min_p: float = 0.0
+    """drop tokens less likely than this share of the likeliest one (0: none)"""
+    repetition_penalty: float = 1.0
+    """divide the logits of tokens already in the text by this (1: off)"""
+    stop: tuple[str, ...] = ()
+    """end the text before any of these strings"""
+    seed: int = 0
+    """equal seeds give equal texts"""
+
+    def __post_init__(self):
+        bounds = {
+            "max_new_tokens": (1, None),
+            "temperature": (0, None),
+            "top_k": (0, None),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+        }
+        wrong = []
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not (value >= low and (high is None or value <= high)):
+                limit = f"at least {low}" if high is None else f"from {low} to {high}"
+                wrong.append(f"--{name.replace('_', '-')} is {value}, must be {limit}")
+        if not self.repetition_penalty > 0:
+            wrong.append(f"--repetition-penalty is {self.repetition_penalty}, must be above 0")
+        if "" in self.stop:
+            wrong.append("--stop has an empty string")
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+# ------------------------------------------------------------------ choosing the next token
+
+
+def penalise_repetition(logits: Tensor, context: list[list[int]], penalty: float) -> Tensor:
+    """Make the tokens of each row's context less likely: logit / penalty if positive, else · penalty."""
+    logits = logits.clone()
+    for row, seen in zip(logits, context):
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Logits (B, V) with all but the k largest of each row at −∞."""
+    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the likeliest tokens up to and including the one that makes their sum reach p."""
+    ordered, indices = logits.sort(descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    sum_before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = sum_before >= p
+    dropped[:, 0] = False  # p = 0 keeps one
+    return torch.empty_like(logits).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
+
+
+def keep_min_p(logits: Tensor, share: float) -> Tensor:
+    """Keep the tokens at least `share` times as likely as the likeliest."""
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < share * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], generator: torch.Generator) -> Tensor:
+    """Logits (B, V) → one id per row (B,)."""
+    logits = logits.float()
+    if config.repetition_penalty != 1:
+        logits = penalise_repetition(logits, context, config.repetition_penalty)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / config.temperature
+    if config.top_k:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    if config.min_p:
+        logits = keep_min_p(logits, config.min_p)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_ids: Iterable[int] = (),
+             use_cache: bool = True) -> Iterator[list[int | None]]:  # fmt: skip
+    """Continue each prompt; yields one list a step: each row's new id, or None once it has ended.
+
+    A row ends with (and yields) one of stop_ids; the generator ends when all rows have, or after
+    max_new_tokens. Prompts of different length are padded on the left, and padding is a segment
+    of its own that no token sees. A row that outgrows block_size keeps its newest half, read
+    again from position 0. use_cache=False reads everything again for each token: the plain
+    definition, to which test_cached_decoding_equals_full_forward holds the cache.
+    """
+    if not prompts or not all(prompts):
+        raise InputError("nothing to continue: a prompt needs at least one token")
+    block_size, device = model.config.block_size, model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    stop_ids, ended = set(stop_ids), [False] * len(prompts)
+    rows = [list(prompt) for prompt in prompts]
+    cache, training = None, model.training
+    model.eval()
+    try:
+        for _ in range(config.max_new_tokens):
+            if cache is None or not use_cache or max(map(len, rows)) > block_size:
+                rows = [row if len(row) <= block_size else row[-(block_size // 2) :] for row in rows]
+                tokens, segments = left_padded(rows)
+                cache = model.new_cache(len(rows))
+            else:
+                tokens, segments = torch.tensor([row[-1:] for row in rows]), None
+            segments = segments if segments is None else segments.to(device)
+            x = model.features(tokens.to(device), segments=segments, cache=cache)
+            chosen = next_token(model.head(x[:, -1]), config, rows, generator).tolist()
+            for row, new in zip(rows, chosen):
+                row.append(new)
+            yield [None if end else new for end, new in zip(ended, chosen)]
+            ended = [end or new in stop_ids for end, new in zip(ended, chosen)]
+            if all(ended):
+                return
+    finally:
+        model.train(training)
+
+
+def left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids → tokens (B, T) that end in one column, and segments: 0 padding, 1 text."""
+    T = max(map(len, rows))
+    tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows])
+    if all(len(row) == T for row in rows):
+        return tokens, None
+    return tokens, torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+
+
+def generate_ids(model: GPT, prompts: list[list[int]], config: SampleConfig,
+                 stop_ids: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
+    """All rows at once → (new ids of each row without the stop id, whether it ended by itself)."""
+    stop_ids = set(stop_ids)
+    new: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    for step in generate(model, prompts, config, stop_ids):
+        for i, token in enumerate(step):
+            if token in stop_ids:
+                ended[i] = True
+            elif token is not None:
+                new[i].append(token)
+    return new, ended
+
+
+# ------------------------------------------------------------------ text
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """Ids → pieces of text, as early as they are certain.
+
+    A token may end in the middle of a character: its bytes wait for the rest. The pieces
+    together are tokenizer.decode(ids), up to the first of the `stop` strings; text that may be
+    the beginning of one waits too.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    waiting = ""
+    for token in ids:
+        waiting += utf8.decode(tokenizer.decode_bytes([token]))
+        found = [waiting.index(s) for s in stop if s in waiting]
+        if found:
+            if min(found):
+                yield waiting[: min(found)]
+            return
+        held = max((n for s in stop for n in range(1, len(s)) if waiting.endswith(s[:n])), default=0)
+        if piece := waiting[: len(waiting) - held]:
+            yield piece
+        waiting = waiting[len(waiting) - held :]
+    if waiting := waiting + utf8.decode(b"", final=True):
+        yield waiting
+
+
+def stream(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:
+    """Continue one prompt as pieces of text; any control token ends it."""
+    control = set(tokenizer.control.values())
+    ids = (step[0] for step in generate(model, [prompt], config, control) if step[0] not in control)
+    return stream_text(tokenizer, ids, config.stop)
+
+
+def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
+    """Continue several prompts together; the whole text of each."""
+    new, _ = generate_ids(model, prompts, config, tokenizer.control.values())
+    return ["".join(stream_text(tokenizer, ids, config.stop)) for ids in new]
+
+
+# ------------------------------------------------------------------ chat
+
+
+class Chat:
+    """A conversation with a model fine-tuned on dialogue, kept within its block."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, config: SampleConfig, system: str = ""):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.messages: Conversation = [{"role": "system", "content": system}] if system else []
+        self.dropped = 0  # oldest messages left out of the last prompt for want of room
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Say something; yields the reply in pieces and then remembers both.
+
+        Raises InputError if the text alone does not fit; the conversation is then unchanged.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt, self.dropped = fit(messages, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
+        seed = self.config.seed + len(messages)  # the same question twice may get another answer
+        pieces = []
+        for piece in stream(self.model, self.tokenizer, prompt, replace(self.config, seed=seed)):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tokens: int) -> tuple[list[int], int]:
+    """The prompt ids of a chat, and how many of its oldest messages were left out to make room.
+
+    Whole turns are dropped, oldest first; the system text and the newest message always stay.
+    Room for the reply: reply_tokens, but no more than a quarter of the block.
+    """
+    limit = block_size - min(reply_tokens, block_size // 4)
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    for dropped in range(0, len(turns), 2):  # a turn: what the user said and its reply
+        prompt = render_prompt(system + turns[dropped:], tokenizer)
+        if len(prompt) <= limit:
+            return prompt, dropped
+    raise InputError(f"the message has {len(prompt):,} tokens with its template; at most {limit:,} fit")

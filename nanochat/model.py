@@ -1,0 +1,373 @@
+"""The network: a decoder-only Transformer with the shape and the parameter names of GPT-2.
+
+tokens (B, T) become vectors (B, T, C): one row of the token table plus one row of the
+position table. Each of n_layer blocks adds to them twice: attention moves information
+between positions (only from the past), the MLP works on each position alone. The final
+layer norm and the token table, used a second time as the head, give logits (B, T, V).
+
+Legend, with GPT-2 small's numbers:
+    B batch    T time, tokens in a row (≤ block_size 1,024)    S keys seen, S ≥ T with a cache
+    C width n_embd 768    H heads 12    D = C / H head width 64    V vocabulary 50,257
+
+Sources: Radford et al. 2019 (GPT-2); Vaswani et al. 2017 (attention); parameter names and
+numerics of Hugging Face's GPT2LMHeadModel, to which tests/test_model.py holds this file.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from nanochat import InputError
+
+IGNORED = -100  # a target that is not learned from: the value that F.cross_entropy ignores too
+LOSS_CHUNK = 1024  # rows of fp32 logits held at a time: 1,024 x 50,257 are 206 MB
+ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
+GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+@dataclass
+class GPTConfig:
+    """The shape of the network. The defaults are GPT-2 small: 124,439,808 parameters."""
+
+    vocab_size: int = 50257  # V: rows of the token table
+    block_size: int = 1024  # rows of the position table: the longest text seen at once, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # C
+    dropout: float = 0.0  # share of the embedding and of each residual branch zeroed in training
+    attention_dropout: float = 0.0  # share of attention weights; on CPU it costs the fast kernel
+    activation: str = "gelu_new"  # GPT-2's tanh form; "gelu" (erf) for nanoGPT's files
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        wrong = [
+            f"{name} is {getattr(self, name)}, must be at least 1"
+            for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+            if getattr(self, name) < 1
+        ]
+        if not wrong and self.n_embd % self.n_head:
+            wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{name} is {getattr(self, name)}, must be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            wrong.append(f"activation is {self.activation!r}, must be one of {list(ACTIVATIONS)}")
+        if wrong:
+            raise InputError("model settings: " + "; ".join(wrong))
+
+
+class Batch(NamedTuple):
+    """What one training forward eats."""
+
+    inputs: Tensor  # (B, T) token ids
+    targets: Tensor  # (B, T) the id that should follow each input, or IGNORED
+    segments: Tensor | None = None  # (B, T) tokens see only tokens of their own segment
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+
+class GPT(nn.Module):
+    """The whole network; the head is the token table `wte`, so the two cannot come apart."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.apply(self._init_weights)
+        # Each block adds twice to the residual stream: 2·n_layer summands of equal size keep its
+        # variance near one only if each is scaled down (GPT-2 paper, section 2.3).
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def features(self, tokens: Tensor, *, segments: Tensor | None = None,
+                 positions: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:  # fmt: skip
+        """Everything but the head: tokens (B, T) → vectors (B, T, C).
+
+        segments (B, T): who may see whom; equal numbers see each other, and positions restart
+        where the number changes. One mechanism serves packed dialogues and left padding.
+        positions (B, T) or (T,): rows of the position table, if not the natural ones.
+        cache: keys and values of earlier tokens; `tokens` are the ones that follow them.
+        Raises ValueError when earlier and new tokens together exceed block_size.
+        """
+        T = tokens.size(1)
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past} + {T} tokens exceed block_size {self.config.block_size}")
+        if cache is not None:
+            segments = cache.all_segments(segments, tokens)  # (B, past + T)
+        if positions is None and segments is not None:
+            positions = segment_positions(segments)[:, past:]
+        elif positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device)
+        mask = visible(past, T, segments, tokens.device)
+
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, cache.layer(layer, T) if cache is not None else None)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Vectors (..., C) → logits (..., V), by the token table itself."""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                segments: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Logits (B, T, V); with targets, the fp32 sum of the cross-entropy over supervised ones.
+
+        A sum, not a mean: the loop divides once, by the supervised tokens of the whole step.
+        """
+        if targets is None:
+            return self.head(self.features(tokens, segments=segments))
+        return self.nll(tokens, targets, segments).sum()
+
+    def nll(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each target, −ln p, in nats: fp32 (B, T), 0 where ignored.
+
+        The head is the widest product of a small GPT, so it is computed for supervised
+        positions only, LOSS_CHUNK rows at a time.
+        """
+        x = self.features(tokens, segments=segments).flatten(0, 1)  # (B·T, C)
+        supervised = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        losses = [
+            F.cross_entropy(at_least_fp32(self.head(x[rows])), targets.flatten()[rows], reduction="none")
+            for rows in supervised.split(LOSS_CHUNK)
+        ]
+        nll = at_least_fp32(x.new_zeros(x.size(0))).index_put((supervised,), torch.cat(losses))
+        return nll.view_as(targets)
+
+    @torch.no_grad()
+    def grow(self, vocab_size: int, seed: int = 0) -> None:
+        """Give the token table rows up to vocab_size, in place.
+
+        A new row starts as the mean of the old ones plus 1 % noise: its logit is then the mean
+        logit, far below the likely ones. A random row would take much of the probability.
+        """
+        old = self.wte.weight
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(vocab_size - old.size(0), old.size(1), generator=generator)
+        new = old.mean(0) + 0.01 * old.std(0) * noise.to(old)
+        self.wte.weight = nn.Parameter(torch.cat([old, new]))
+        self.wte.num_embeddings = self.config.vocab_size = vocab_size
+
+    @torch.no_grad()
+    def cut(self, vocab_size: int) -> None:
+        """Drop the rows of the token table from vocab_size on, in place: rows that have no id."""
+        self.wte.weight = nn.Parameter(self.wte.weight[:vocab_size].clone())
+        self.wte.num_embeddings = self.config.vocab_size = vocab_size
+
+    def new_cache(self, batch_size: int) -> "KVCache":
+        """An empty cache in the dtype and on the device of the weights."""
+        return KVCache(self.config, batch_size, self.wte.weight)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a layer norm, each added to the stream."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "LayerCache | None") -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position asks (q) all positions up to itself (k) and gathers what they offer (v)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "LayerCache | None") -> Tensor:
+        H = self.config.n_head
+        q, k, v = rearrange(self.c_attn(x), "B T (three H D) -> three B H T D", three=3, H=H)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y = attention(q, k, v, mask, dropout)  # (B, H, T, D)
+        y = self.c_proj(rearrange(y, "B H T D -> B T (H D)"))
+        return F.dropout(y, self.config.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers on each position alone: C → 4C → C."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q kᵀ / √D) v, written out (Vaswani et al. 2017, equation 1).
+
+    q (B, H, T, D), k and v (B, H, S, D) → (B, H, T, D). mask: True where query t may see key s,
+    broadcast to (B, H, T, S); None: each query sees the keys up to its own.
+    √D: a sum of D products of unit size has variance D; without it the softmax saturates.
+    """
+    T, S = q.size(-2), k.size(-2)
+    if mask is None:
+        mask = visible(S - T, T, None, q.device, explicit=True)
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """attention_formula without the (T, S) table in memory: test_fused_attention_equals_the_formula.
+
+    `is_causal` aligns query 0 with key 0, so it is right only for T = S; a single new query
+    (T = 1) sees every key and needs no mask; `visible` makes an explicit one for all else.
+    """
+    causal = mask is None and q.size(-2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+def visible(past: int, T: int, segments: Tensor | None, device: torch.device,
+            explicit: bool = False) -> Tensor | None:  # fmt: skip
+    """THE causal mask: query t is key past + t and sees the keys up to itself, of its segment.
+
+    segments (B, past + T) → (B, 1, T, past + T) bool; without segments (T, past + T), or None
+    where `attention` needs no mask: a text from its start, or one new token.
+    """
+    if segments is None and (past == 0 or T == 1) and not explicit:
+        return None
+    keys = torch.arange(past + T, device=device)
+    mask = keys <= keys[past:, None]  # (T, S)
+    if segments is not None:
+        mask = mask & (segments[:, past:, None] == segments[:, None, :])  # (B, T, S)
+        mask = mask[:, None]
+    return mask
+
+
+def segment_positions(segments: Tensor) -> Tensor:
+    """segments (B, S) → positions (B, S) that restart at 0 where the segment number changes."""
+    index = torch.arange(segments.size(1), device=segments.device).expand_as(segments)
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp32 for half-precision tensors; fp32 and fp64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that each is computed once.
+
+    It cannot slide past block_size: keys carry their absolute position. generate.py then keeps
+    the newest half and reads it again from position 0.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
+        self.keys_values = like.new_empty(shape)
+        self.segments: Tensor | None = None  # (B, length), once a row has been padded or packed
+        self.length = 0  # columns in use
+
+    def all_segments(self, new: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Segments (B, length + T) of old and new tokens; unnamed new ones continue the last."""
+        if new is None and self.segments is None:
+            return None
+        B, T = tokens.shape
+        old = tokens.new_zeros(B, self.length) if self.segments is None else self.segments
+        if new is None:
+            new = old[:, -1:].expand(B, T)
+        self.segments = torch.cat([old, new], dim=1)
+        return self.segments
+
+    def layer(self, index: int, T: int) -> "LayerCache":
+        """The part of one layer, about to take T new columns."""
+        return LayerCache(self.keys_values[index], self.length, self.length + T)
+
+
+class LayerCache(NamedTuple):
+    keys_values: Tensor  # (2, B, H, block_size, D)
+    start: int
+    end: int
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) into the new columns; return all of them (B, H, S, D)."""
+        self.keys_values[0, :, :, self.start : self.end] = k
+        self.keys_values[1, :, :, self.start : self.end] = v
+        return self.keys_values[0, :, :, : self.end], self.keys_values[1, :, :, : self.end]
+
+
+def forward_flops_per_token(config: GPTConfig) -> int:
+    """Multiply-adds count as two; a token's share of products with T = block_size keys.
+
+    2·(weights in products) + 4·n_layer·T·C for q kᵀ and the weighted sum of v (Kaplan et al.
+    2020, table 1). Training costs three times this: backward is two products per forward one.
+    """
+    C, L = config.n_embd, config.n_layer
+    weights = L * 12 * C * C + config.vocab_size * C
+    return 2 * weights + 4 * L * config.block_size * C
+
+
+def main() -> None:
+    """Print every tensor of a GPT: shape, parameters, share; then FLOPs and memory."""
+    parser = argparse.ArgumentParser(prog="python -m nanochat.model", description=main.__doc__)
+    parser.add_argument("name", nargs="?", default="gpt2", choices=GPT2_SIZES)
+    for field in fields(GPTConfig):
+        if field.type is int:
+            parser.add_argument("--" + field.name.replace("_", "-"), type=int, metavar="N")
+    args = vars(parser.parse_args())
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[args.pop("name")]))
+    try:
+        config = GPTConfig(**sizes | {name: value for name, value in args.items() if value is not None})
+    except InputError as error:
+        parser.error(str(error))
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{'tensor':<28}{'shape':>16}{'parameters':>14}{'share':>8}")
+    for name, p in model.named_parameters():
+        print(f"{name:<28}{' x '.join(map(str, p.shape)):>16}{p.numel():>14,}{p.numel() / total:>8.2%}")
+    print(f"{'total':<44}{total:>14,}")
+    forward = forward_flops_per_token(config)
+    print(f"\nforward  {forward / 1e6:,.1f} MFLOP per token at T = {config.block_size:,}")
+    print(f"training {3 * forward / 1e6:,.1f} MFLOP per token")
+    print(f"memory   {4 * total / 1e6:,.0f} MB of fp32 weights; AdamW training holds four such copies")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Text ↔ ids: byte-level byte-pair encoding (BPE), GPT-2's or one trained here.
+
+A text is UTF-8 bytes; ids 0–255 are the bytes, id 256 + i is the i-th merge of two earlier
+tokens, and the control tokens follow. So a list of merges is a whole tokenizer, any text has
+ids, and any ids decode. tiktoken encodes; Hugging Face's `tokenizers` trains and is the format
+on disk; both give the same ids.
+
+Control tokens are never made from text: `encode` turns a typed "<|end|>" into ordinary tokens.
+Only dialogue.render and the corpus place control ids. (Hugging Face's own tokenizer does turn
+typed markers into control ids unless it is called with split_special_tokens=True.)
+
+Sources: Sennrich et al. 2016 (BPE); Radford et al. 2019 (bytes, the pattern below).
+gpt2_merges.txt is OpenAI's vocab.bpe, under the Modified MIT licence of the GPT-2 release.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nanochat import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+ROLES = ("system", "user", "assistant")
+END_OF_TURN = "<|end|>"
+CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
+
+# The conversation format as Hugging Face reads it; dialogue.render is the same in Python, and
+# test_template_and_mask_agree_with_hugging_face holds the two equal. {% generation %} marks what
+# is supervised: the assistant's text and its end token.
+TEMPLATE_NAME = "nanochat-1"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# GPT-2 cuts a text into pieces before merging: contractions, then words, numbers and signs, each
+# with the space before it, then white space. Merges never cross a cut.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """merges: pairs of byte strings in order of priority; control: names of the control tokens.
+
+    chat_template: set once the model was fine-tuned on dialogue, and saved with it.
+    """
+
+    def __init__(self, merges: Sequence[tuple[bytes, bytes]], control: Sequence[str] = (END_OF_TEXT,),
+                 chat_template: str | None = None):  # fmt: skip
+        self.merges = list(merges)
+        self.chat_template = chat_template
+        text_tokens = [bytes([b]) for b in BYTES_IN_ORDER] + [left + right for left, right in self.merges]
+        self.control = {name: len(text_tokens) + i for i, name in enumerate(control)}
+        self.token_bytes = text_tokens + [name.encode() for name in control]  # id → bytes
+        ranks = {token: i for i, token in enumerate(text_tokens)}
+        if len(ranks) < len(text_tokens):
+            raise InputError("tokenizer: two merges make the same token")
+        self._bpe = tiktoken.Encoding("nanochat", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included: the rows that a model needs."""
+        return len(self.token_bytes)
+
+    @property
+    def end_of_text(self) -> int:
+        return self.control[END_OF_TEXT]
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that are equal only for tokenizers that give the same ids."""
+        content = json.dumps([[left.hex(), right.hex()] for left, right in self.merges] + list(self.control))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a control id, whatever the text contains."""
+        return self._bpe.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores."""
+        return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind the ids; a token may end in the middle of a character."""
+        return b"".join(self.token_bytes[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD, control tokens their names."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> list[int]:
+        """UTF-8 bytes of text behind each id, 0 for control tokens: for bits per byte."""
+        return [0 if i in self.control.values() else len(b) for i, b in enumerate(self.token_bytes)]
+
+    def for_chat(self) -> "Tokenizer":
+        """This tokenizer with the chat tokens, added where missing, and the chat template."""
+        missing = [name for name in CHAT_TOKENS if name not in self.control]
+        return Tokenizer(self.merges, [*self.control, *missing], CHAT_TEMPLATE)
+
+    @classmethod
+    def gpt2(cls) -> "Tokenizer":
+        """GPT-2's tokenizer, 50,257 ids, from the file in this package."""
+        lines = Path(__file__).with_name("gpt2_merges.txt").read_text(encoding="utf-8").splitlines()
+        return cls([_printable_merge(line.split(" ")) for line in lines[1:]])  # line 0: a version
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn the merges that shorten `texts` most; the chat tokens have ids from birth.
+
+        The total is vocab_size rounded down to a multiple of 64 (wide products like that), or
+        fewer if the texts have too few repetitions. At least 320: bytes, control tokens and 59 merges.
+        """
+        if vocab_size < 320:
+            raise InputError(f"--vocab-size is {vocab_size}, must be at least 320")
+        control = [END_OF_TEXT, *CHAT_TOKENS]
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size // 64 * 64 - len(control),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=sys.stderr.isatty(),
+        )
+        bpe.train_from_iterator(texts, trainer)
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        total = 256 + len(merges) + len(control)
+        if total >= 320:
+            merges = merges[: total // 64 * 64 - 256 - len(control)]
+        return cls([_printable_merge(merge) for merge in merges], control)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer opens."""
+        vocab = {_printable(token): i for i, token in enumerate(self.token_bytes[: -len(self.control)])}
+        merges = [(_printable(left), _printable(right)) for left, right in self.merges]
+        bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens(
+            [tokenizers.AddedToken(name, special=True, normalized=False) for name in self.control]
+        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TURN if self.chat_template else END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "additional_special_tokens": [name for name in self.control if name != END_OF_TEXT],
+        }
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Open tokenizer.json, or the older vocab.json + merges.txt, of a Hugging Face folder.
+
+        Raises InputError if there is none, or if it is not a byte-level BPE in merge order.
+        """
+        folder = Path(folder)
+        if (folder / "tokenizer.json").exists():
+            path = folder / "tokenizer.json"
+            data = read_json(path)
+            model, kind = data["model"], data["model"].get("type", "BPE")
+            splitter = data.get("pre_tokenizer") or {}
+            plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+            if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
+                raise InputError(
+                    f"{path}: {kind} with pre-tokenizer {splitter.get('type')} and normalizer "
+                    f"{data.get('normalizer')}; only GPT-2's kind, a byte-level BPE, is read"
+                )
+            vocab, merges = model["vocab"], model["merges"]
+            control = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            path = folder / "vocab.json"
+            vocab, control = read_json(path), {}
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        else:
+            raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
+        merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        text_tokens = 256 + len(merges)
+        control |= {name: i for name, i in vocab.items() if i >= text_tokens}
+        config_path = folder / "tokenizer_config.json"
+        template = read_json(config_path).get("chat_template") if config_path.exists() else None
+        tokenizer = cls(merges, sorted(control, key=control.get), template)
+        ours = {_printable(token): i for i, token in enumerate(tokenizer.token_bytes[:text_tokens])}
+        if tokenizer.control != control or ours | control != vocab | control:
+            raise InputError(f"{path}: ids do not follow the order of the merges, as GPT-2's do")
+        if END_OF_TEXT not in control:
+            raise InputError(f"{path}: has no {END_OF_TEXT} token; found {list(control)}")
+        return tokenizer
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file as a dict; InputError naming the file if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+# On disk each byte is a printable character, so that a vocabulary is a text file: a visible
+# Latin-1 character stands for itself, the other bytes are shifted up by 256, in order ("Ġ" is a
+# space). The visible ones come first among the ids.
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+BYTES_IN_ORDER = VISIBLE + HIDDEN
+CHARACTER = {b: chr(b) for b in VISIBLE} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
+BYTE = {character: b for b, character in CHARACTER.items()}
+
+
+def _printable(token: bytes) -> str:
+    return "".join(CHARACTER[b] for b in token)
+
+
+@lru_cache(maxsize=1 << 16)
+def _raw(token: str) -> bytes:
+    try:
+        return bytes(BYTE[c] for c in token)
+    except KeyError:
+        raise InputError(f"tokenizer: {token!r} is not a byte-level token") from None
+
+
+def _printable_merge(pair: Sequence[str]) -> tuple[bytes, bytes]:
+    left, right = pair
+    return _raw(left), _raw(right)
+
+
+def main() -> None:
+    """Train a byte-level BPE on text files and show what it saves."""
+    parser = argparse.ArgumentParser(prog="python -m nanochat.tokenizer", description=main.__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text files: the training split only")
+    parser.add_argument("--vocab-size", type=int, default=16384, help="ids in all (default: 16384)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
+    args = parser.parse_args()
+
+    def chunks():  # bounded memory, whatever the file size; a cut costs at most one merge
+        for path in args.files:
+            with open(path, encoding="utf-8-sig") as file:
+                while chunk := "".join(islice(file, 1000)):
+                    yield chunk
+
+    try:
+        tokenizer = Tokenizer.train(chunks(), args.vocab_size)
+        sample = next(chunks(), "")
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(args.out)
+    ours, gpt2 = len(tokenizer.encode(sample)), len(Tokenizer.gpt2().encode(sample))
+    print(f"{args.out}: {tokenizer.vocab_size:,} ids, hash {tokenizer.hash}")
+    print(f"first {len(sample):,} characters: {ours:,} tokens; GPT-2's tokenizer needs {gpt2:,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Pre-train a GPT on plain text: settings → token shards → model → train().
+
+    python train.py                                   a small model on the Wikipedia sample, in minutes
+    python train.py --data my_texts/ --max-minutes 60
+    python train.py --init gpt2 --data corpus.txt     go on from GPT-2's weights
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+from data import locate
+from nanochat import checkpoint, corpus, evaluate, generate, runtime, training
+from nanochat.generate import SampleConfig
+from nanochat.model import GPT, GPTConfig
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import TrainConfig
+
+
+@dataclass
+class Settings:
+    """Settings of a pre-training run; the defaults take minutes on a 2-core laptop."""
+
+    data: str = "wikipedia"
+    """Wikipedia dump (.xml, .bz2, URL), text file or folder, .jsonl with "text", Hugging Face data set id, or a name in data/"""
+    val_data: str | None = None
+    """held-out text, if not a tenth of --data"""
+    init: str | None = None
+    """start from these weights (gpt2, a Hugging Face folder, a run folder) instead of random ones"""
+    out: Path = Path("out/pretrained")
+    """run folder: checkpoints, metrics.jsonl, loss.png"""
+    resume: bool = False
+    """go on from the last checkpoint in --out"""
+    overwrite: bool = False
+    """delete what is in --out first"""
+    vocab_size: int = 16384
+    """ids of the tokenizer trained on the text (chat tokens included), from scratch only"""
+    block_size: int = 256
+    """longest text that the model sees at once, in tokens"""
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    dropout: float | None = None
+    """of embeddings and residual branches ; None: 0 from scratch, else as in the file"""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
+        default_factory=lambda: TrainConfig(
+            batch_size=4, optimizer="muon", learning_rate=6e-3, warmup_steps=20
+        )
+    )
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = settings.training = settings.training.or_minutes(5)
+    torch.manual_seed(config.seed)
+    runtime.keep_freed_memory()
+    device = runtime.pick_device(config.device)
+    dtype = runtime.pick_dtype(config.dtype, device)
+    resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
+
+    # model, tokenizer and corpus: from a checkpoint, or all three from the text
+    source = locate(settings.data)
+    val_source = locate(settings.val_data) if settings.val_data else None
+    model = tokenizer = None
+    if settings.resume or settings.init:
+        model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
+        settings.block_size = min(settings.block_size, model.config.block_size)
+    name = f"{Path(source).name.split('.')[0]}-{tokenizer.hash if tokenizer else settings.vocab_size}"
+    folder = corpus.prepare(source, settings.out.parent / "corpus" / name, tokenizer=tokenizer,
+                            vocab_size=None if tokenizer else settings.vocab_size, val_source=val_source)  # fmt: skip
+    if model is None:
+        tokenizer = Tokenizer.load(folder)
+        shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
+    if settings.dropout is not None:
+        model.config.dropout = settings.dropout
+    train_split, val_split = (
+        corpus.TokenStream(folder, split, tokenizer, settings.block_size) for split in ("train", "val")
+    )
+
+    def evaluation(dtype=dtype) -> dict[str, float]:
+        scores = evaluate.score(model, tokenizer, val_split.windows(config.batch_size), dtype)
+        return {f"val_{key}": value for key, value in scores.items()}
+
+    def sample() -> str:
+        prompt = tokenizer.encode("The city of")
+        return "The city of" + generate.texts(model, tokenizer, [prompt], SampleConfig(max_new_tokens=40))[0]
+
+    training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)  # fmt: skip
+
+    model = checkpoint.load(settings.out)[0].to(device)
+    scores = evaluate.score(model, tokenizer, val_split.windows(config.batch_size))
+    print(f"held-out text, whole, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
+          f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")  # fmt: skip
+    print(f"wrote {settings.out}; next: python finetune.py --init {settings.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_as_script(main)
