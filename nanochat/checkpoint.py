@@ -285,21 +285,24 @@ def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
 
 
 def open_run(out: Path, resume: bool, overwrite: bool) -> dict | None:
-    """Make the run folder ready; with resume, the state of its last checkpoint.
+    """Look at the run folder before anything is prepared; with resume, the state of its last step.
 
     A folder that holds a run is never written over unasked: InputError names the two flags.
     """
     if resume:
-        last = locate(out, ("last",)) / "resume" / "state.pt"
-        return read_tensors(last)
+        return read_tensors(locate(out, ("last",)) / "resume" / "state.pt")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")
         if not any((out / name).exists() for name in ("metrics.jsonl", "last")):
             raise InputError(f"--overwrite: {out} does not look like a run folder; empty it by hand")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def clear_run(out: Path) -> None:
+    """An empty run folder: called when everything else is ready, so that an error costs no old run."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
 
 
 def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,

@@ -345,7 +345,7 @@ def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
     while (chunk := file.read(PIECE)) or rest:
         rest += chunk
         cut = len(rest)
-        if chunk:  # more may come, so leave the last, perhaps unfinished, paragraph for later
+        if len(chunk) == PIECE:  # more may come: leave the last, perhaps unfinished, paragraph
             lead = len(rest.rstrip(bytes(range(0x80, 0xC0)))) - 1  # where the last character starts
             cut = rest.rfind(b"\n\n") + 1 or rest.rfind(b"\n") + 1 or max(lead, 1)
         try:
@@ -400,8 +400,8 @@ LINKED = r"(?:[^\[\]]|\[(?!\[)|\](?!\]))*"  # what may stand in a link: single b
 MEASURE = r"\{\{\s*(?:convert|cvt)\s*\|"
 # fmt: off
 # Wikitext nests, and regular expressions do not. So a rule takes only what has nothing nested in
-# it any more, and the table runs again until the text no longer changes. "\0" marks headings.
-RULES = [  # pattern, replacement, what it is and why it goes or stays
+# it any more, and a table runs again until the text no longer changes. "\0" marks headings.
+MARKUP = [  # pattern, replacement, what it is and why it goes or stays
     (r"(?s)<!--.*?-->", "", "notes among editors"),
     (rf"(?is)<({BLOCKS})\b[^<>]*?(?:/>|>.*?</\1\s*>)", "", "footnotes, pictures, formulas, code"),
     (rf"(?im)^(==+)[ \t]*(?:{LISTS})[ \t]*\1[ \t]*$(?:\n(?!==).*|\n\1=.*)*", "", "lists, with subsections"),
@@ -415,17 +415,22 @@ RULES = [  # pattern, replacement, what it is and why it goes or stays
     (rf"(?i)({MEASURE}[^{{}}]*?\|)([CF])(?=[|}}])", r"\1°\2", "degrees, before the next rule"),
     (rf"(?i){MEASURE}([^{{}}|]*)\|(?:(to|and|or|by|x|-|–)\|([^{{}}|]*)\|)?([^{{}}|]*)[^{{}}]*\}}\}}",
      r"\1 \2 \3 \4", "measures as they were given: '5 to 7 km'"),
-    (rf"(?i)\{{\{{\s*(?:{LAST})\s*\|(?:[^{{}}]*\|)?([^{{}}|]*)\}}\}}", r"\1", "marked words"),
+    (rf"(?i)\{{\{{\s*(?:{LAST})\s*\|(?:[^{{}}]*\|)?(?:1=)?((?!\s*[a-z]+\s*=)[^{{}}|]*)(?:\|[^{{}}]*)?\}}\}}",
+     r"\1", "marked words: the last field without a name"),
     (rf"(?i)\{{\{{\s*(?:{FIRST})\s*\|([^{{}}|]*)[^{{}}]*\}}\}}", r"\1", "quotations, names"),
     (r"\{\{\s*(HMS|USS|RMS|SS|MV)\s*\|([^{}|]*)[^{}]*\}\}", r"\1 \2", "names of ships"),
     (r"(?i)\{\{\s*(?:snd|spaced ndash|ndash)\s*\}\}", " – ", "dashes"),
-    (r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}", "", "other templates: boxes, citations, warnings"),
+    (rf"(?i)\{{\{{(?!\s*(?:{LAST}|{FIRST})\s*\|)(?:[^{{}}]|\{{(?!\{{)|\}}(?!\}}))*\}}\}}", "",
+     "other templates: boxes, citations, warnings"),
     (r"(?sm)^[ \t:*]*\{\|(?:(?!\n[ \t:*]*\{\|).)*?\n\s*\|\}", "", "tables"),
-    (r"(?m)^[*#:;].*\bISBN\b.*$", "", "lists of books"),
     (r"(?<=\d)<sup>([-−–+]?\d+)</sup>", r"^\1", "10 to the 6th is not 106"),
-    (r"<br\s*/?>|&nbsp;|[\t\xa0]", " ", "kinds of space"),
+    (r"<br\s*/?>", " ", "line breaks"),
     (r"</?[a-zA-Z][^<>]*>", "", "other HTML tags, not what they enclose"),
     (r"''+", "", "italic and bold"),
+]
+REMAINS = [  # once all markup is gone
+    (r"&nbsp;|[\t\xa0]", " ", "kinds of space"),
+    (r"(?m)^[*#:;].*\bISBN\b.*$", "", "lists of books"),
     (r"(?m)^[*#:;]+[ \t]*", "", "marks of lists and indents"),
     (r"([(（])[ ,;:，；]+", r"\1", "what templates leave in parentheses"),
     (r"[ ,;:，；]+([)）])", r"\1", "likewise at the end of them"),
@@ -437,7 +442,7 @@ RULES = [  # pattern, replacement, what it is and why it goes or stays
     (r"\0.*\s*(?=\0|\Z)", "", "headings with nothing under them"),
 ]
 # fmt: on
-RULES = [(re.compile(pattern), replacement) for pattern, replacement, _ in RULES]
+TABLES = [[(re.compile(pattern), by) for pattern, by, _ in table] for table in (MARKUP, REMAINS)]
 STRAY = re.compile(r"\[\[[^\[\]|\n]*\||\[\[|\]\]|\{\{|\}\}|\0")  # brackets that were never closed
 NO_ARTICLE = re.compile(  # a redirect in an old dump, or a page that tells homonyms apart
     r"(?is)\s*#(?:redirect|重定向)|.*\{\{\s*(?:disambig|dab|hndis|geodis|消歧义|消歧義"
@@ -449,11 +454,12 @@ QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
 
 def clean(wikitext: str) -> str:
     """The prose of an article as plain text: paragraphs and headings, no markup."""
-    before = None
-    while before != wikitext:
-        before = wikitext
-        for pattern, replacement in RULES:
-            wikitext = pattern.sub(replacement, wikitext)
+    for table in TABLES:
+        before = None
+        while before != wikitext:
+            before = wikitext
+            for pattern, replacement in table:
+                wikitext = pattern.sub(replacement, wikitext)
     return html.unescape(STRAY.sub("", wikitext)).replace("\xa0", " ").strip()
 
 

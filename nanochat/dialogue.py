@@ -140,7 +140,7 @@ def normalise(record: object) -> Conversation:
     messages: Conversation = []
     for turn in turns:
         role, content = turn.get(role_key), turn.get(text_key)
-        if role not in names:
+        if role not in list(names):  # in a list: a role of the wrong type has no hash
             raise InputError(f"role {role!r}, must be one of {list(names)}")
         if not isinstance(content, str):
             raise InputError(f"{text_key} of a {role} message is {type(content).__name__}, must be text")
@@ -188,7 +188,7 @@ class Window:
 class Cuts:
     """What did not fit and was shortened; nothing is cut silently."""
 
-    replies: int = 0  # longer than the block: the end is lost, and no <|end|> is invented
+    replies: int = 0  # longer than the block: prompt and end are lost, and no <|end|> is invented
     prompts: int = 0  # the message before a reply, of which only the newest part fits
     systems: int = 0  # a system text over half the block: only its beginning is kept
 

@@ -52,6 +52,8 @@ class Replies:
     ended: list[bool]  # by the model's own <|end|>, within the limit
 
     def __str__(self) -> str:
+        if not self.replies:
+            return "no replies: no conversation has a user turn"
         share, distinct, empty = sum(self.ended) / len(self.ended), len(set(self.replies)), self.replies.count("")
         return (
             f"{len(self.replies)} replies: {share:.0%} end by themselves, median length "
@@ -60,12 +62,24 @@ class Replies:
 
 
 def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Conversation],
-                   max_new_tokens: int = 64) -> Replies:  # fmt: skip
-    """Ask the first user turn of each conversation; temperature 0, so that anybody gets the same."""
-    prompts = [[m for m in c[:2] if m["role"] != "assistant"] for c in conversations]
+                   max_new_tokens: int = 64, batch_size: int = 16) -> Replies:  # fmt: skip
+    """Ask the first user turn of each conversation; temperature 0, so that anybody gets the same.
+
+    batch_size bounds the memory: each row of a batch has a cache of block_size columns.
+    """
+    prompts = []
+    for conversation in conversations:
+        roles = [message["role"] for message in conversation]
+        if "user" in roles:  # the opening: system text, if any, and the first user turn
+            opening = conversation[: roles.index("user") + 1]
+            prompts.append([message for message in opening if message["role"] != "assistant"])
     ids = [render_prompt(prompt, tokenizer)[-model.config.block_size :] for prompt in prompts]
     config = SampleConfig(max_new_tokens=max_new_tokens, temperature=0)
-    new, ended = generate_ids(model, ids, config, tokenizer.control.values())
+    new: list[list[int]] = []
+    ended: list[bool] = []
+    for start in range(0, len(ids), batch_size):
+        rows, stopped = generate_ids(model, ids[start : start + batch_size], config, tokenizer.control.values())
+        new, ended = new + rows, ended + stopped
     return Replies(
         [prompt[-1]["content"] for prompt in prompts],
         [tokenizer.decode(row) for row in new],

@@ -140,7 +140,7 @@ def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_id
     try:
         for _ in range(config.max_new_tokens):
             if cache is None or not use_cache or max(map(len, rows)) > block_size:
-                rows = [row if len(row) <= block_size else row[-(block_size // 2) :] for row in rows]
+                rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
                 tokens, segments = left_padded(rows)
                 cache = model.new_cache(len(rows))
             else:
@@ -189,24 +189,28 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = 
     """Ids → pieces of text, as early as they are certain.
 
     A token may end in the middle of a character: its bytes wait for the rest. The pieces
-    together are tokenizer.decode(ids), up to the first of the `stop` strings; text that may be
-    the beginning of one waits too.
+    together are tokenizer.decode(ids), up to where the first of the `stop` strings begins; text
+    that may be the beginning of one waits too.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     waiting = ""
     for token in ids:
         waiting += utf8.decode(tokenizer.decode_bytes([token]))
-        found = [waiting.index(s) for s in stop if s in waiting]
-        if found:
-            if min(found):
-                yield waiting[: min(found)]
+        certain = first_stop(waiting, stop)
+        if certain:
+            yield waiting[:certain]
+        waiting = waiting[certain:]
+        if waiting.startswith(tuple(stop)):
             return
-        held = max((n for s in stop for n in range(1, len(s)) if waiting.endswith(s[:n])), default=0)
-        if piece := waiting[: len(waiting) - held]:
-            yield piece
-        waiting = waiting[len(waiting) - held :]
-    if waiting := waiting + utf8.decode(b"", final=True):
-        yield waiting
+    waiting += utf8.decode(b"", final=True)
+    end = min((waiting.index(s) for s in stop if s in waiting), default=len(waiting))
+    if end:
+        yield waiting[:end]
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int:
+    """Where the first stop string begins, be it whole or cut off by the end of the text; else len(text)."""
+    return next((i for i in range(len(text)) for s in stop if s.startswith(text[i : i + len(s)])), len(text))
 
 
 def stream(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ where a short probe finds it faster, else fp32.
 
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -145,13 +146,16 @@ def draw_losses(log: Path, picture: Path) -> None:
 
 def run_as_script(main: Callable[[], None]) -> None:
     """Run main(); what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    # UTF-8 in, out and in the arguments, whatever the terminal's locale says
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # UTF-8 whatever the terminal's locale says
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    sys.argv = [os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv]
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        missing = isinstance(error, OSError) and error.filename is not None
+        print(f"error: {error.filename}: {error.strerror}" if missing else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -69,7 +69,7 @@ class Tokenizer:
         self.token_bytes = text_tokens + [name.encode() for name in control]  # id → bytes
         ranks = {token: i for i, token in enumerate(text_tokens)}
         if len(ranks) < len(text_tokens):
-            raise InputError("tokenizer: two merges make the same token")
+            raise InputError("two merges make the same token")
         self._bpe = tiktoken.Encoding("nanochat", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     @property
@@ -173,13 +173,15 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Open tokenizer.json, or the older vocab.json + merges.txt, of a Hugging Face folder.
 
-        Raises InputError if there is none, or if it is not a byte-level BPE in merge order.
+        Raises InputError if there is none, or if it is not a byte-level BPE in merge order. A
+        chat template other than ours is left out, with a line: dialogue.py could not render it.
         """
         folder = Path(folder)
         if (folder / "tokenizer.json").exists():
             path = folder / "tokenizer.json"
             data = read_json(path)
-            model, kind = data["model"], data["model"].get("type", "BPE")
+            model = data.get("model") or {}
+            kind = model.get("type", "BPE")
             splitter = data.get("pre_tokenizer") or {}
             plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
             if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
@@ -187,35 +189,56 @@ class Tokenizer:
                     f"{path}: {kind} with pre-tokenizer {splitter.get('type')} and normalizer "
                     f"{data.get('normalizer')}; only GPT-2's kind, a byte-level BPE, is read"
                 )
-            vocab, merges = model["vocab"], model["merges"]
+            vocab, merges = model.get("vocab", {}), model.get("merges", [])
             control = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            path = folder / "vocab.json"
-            vocab, control = read_json(path), {}
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            path = folder / "merges.txt"
+            vocab, added = read_json(folder / "vocab.json"), folder / "added_tokens.json"
+            control = read_json(added) if added.exists() else {}
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             merges = [line for line in lines if line and not line.startswith("#version")]
         else:
             raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
-        merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
         text_tokens = 256 + len(merges)
         control |= {name: i for name, i in vocab.items() if i >= text_tokens}
-        config_path = folder / "tokenizer_config.json"
-        template = read_json(config_path).get("chat_template") if config_path.exists() else None
-        tokenizer = cls(merges, sorted(control, key=control.get), template)
+        template = _read_template(folder)
+        try:
+            merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
+            tokenizer = cls(merges, sorted(control, key=control.get), template)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         ours = {_printable(token): i for i, token in enumerate(tokenizer.token_bytes[:text_tokens])}
         if tokenizer.control != control or ours | control != vocab | control:
             raise InputError(f"{path}: ids do not follow the order of the merges, as GPT-2's do")
+        if not _reaches_all(ours, merges):
+            raise InputError(f"{path}: its merges do not lead to all of its tokens, as trained ones do")
         if END_OF_TEXT not in control:
             raise InputError(f"{path}: has no {END_OF_TEXT} token; found {list(control)}")
         return tokenizer
 
 
+def _read_template(folder: Path) -> str | None:
+    """The folder's chat template if it is ours; newer versions of transformers keep it in a file of its own."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.exists():
+        template = file.read_text(encoding="utf-8")
+    else:
+        template = read_json(config).get("chat_template") if config.exists() else None
+    if template not in (None, CHAT_TEMPLATE):
+        print(f"{folder}: its chat template is not {TEMPLATE_NAME}; left out", file=sys.stderr)
+        return None
+    return template
+
+
 def read_json(path: Path) -> dict:
     """A JSON file as a dict; InputError naming the file if it is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, found a {type(content).__name__}")
+    return content
 
 
 # On disk each byte is a printable character, so that a vocabulary is a text file: a visible
@@ -234,15 +257,28 @@ def _printable(token: bytes) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _raw(token: str) -> bytes:
-    try:
-        return bytes(BYTE[c] for c in token)
-    except KeyError:
-        raise InputError(f"tokenizer: {token!r} is not a byte-level token") from None
+    return bytes(BYTE[c] for c in token)
 
 
 def _printable_merge(pair: Sequence[str]) -> tuple[bytes, bytes]:
-    left, right = pair
-    return _raw(left), _raw(right)
+    try:
+        left, right = pair
+        return _raw(left), _raw(right)
+    except (KeyError, ValueError):
+        raise InputError(f"{' '.join(pair)!r} is no merge of two byte-level tokens") from None
+
+
+def _reaches_all(vocab: dict[str, int], merges: list[tuple[bytes, bytes]]) -> bool:
+    """Whether the bytes of each token are merged into it, as in every trained BPE.
+
+    tiktoken joins any two pieces that make a token, Hugging Face only the two of a merge: they
+    give equal ids where this holds.
+    """
+    pairs = [(_printable(left), _printable(right)) for left, right in merges]
+    if not all(part in vocab for pair in pairs for part in pair):
+        return False
+    bpe = models.BPE(vocab, pairs)
+    return all(len(bpe.tokenize(token)) == 1 for token in vocab)
 
 
 def main() -> None:
@@ -255,17 +291,20 @@ def main() -> None:
 
     def chunks():  # bounded memory, whatever the file size; a cut costs at most one merge
         for path in args.files:
-            with open(path, encoding="utf-8-sig") as file:
-                while chunk := "".join(islice(file, 1000)):
-                    yield chunk
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    while chunk := "".join(islice(file, 1000)):
+                        yield chunk
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8: {error}") from None
 
     try:
         tokenizer = Tokenizer.train(chunks(), args.vocab_size)
         sample = next(chunks(), "")
-    except (InputError, OSError, UnicodeDecodeError) as error:
-        parser.error(str(error))
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(args.out)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     ours, gpt2 = len(tokenizer.encode(sample)), len(Tokenizer.gpt2().encode(sample))
     print(f"{args.out}: {tokenizer.vocab_size:,} ids, hash {tokenizer.hash}")
     print(f"first {len(sample):,} characters: {ours:,} tokens; GPT-2's tokenizer needs {gpt2:,}")

@@ -114,7 +114,9 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = Progress(max_steps=planned_steps(config, len(data)))
-    if resume is not None:
+    if resume is None:
+        checkpoint.clear_run(out)
+    else:
         progress = restore(resume, model, optimizer, scaler)
     log = MetricsLog(out / "metrics.jsonl", keep_steps=progress.step if resume else None)
     print(describe(model, data, config, progress, device, dtype, settings), file=sys.stderr)

@@ -10,7 +10,7 @@ import torch
 OFFLINE = Path(__file__).parent / "offline"
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))  # this process; the line below: those it starts
 os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 from nanochat.model import GPT, GPTConfig  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402

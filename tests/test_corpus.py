@@ -1,0 +1,523 @@
+"""corpus: cleaning, the held-out split, shards and crops."""
+
+import bz2
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nanochat import InputError, corpus
+from nanochat.corpus import TokenStream, clean, documents, is_held_out, prepare
+from nanochat.model import IGNORED
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+GARDEN = ROOT / "data" / "samples" / "garden.txt"
+
+ARTICLE = """{{Infobox lake|name = Lake Miro|area = {{convert|12|km2}}}}
+[[File:Miro.jpg|thumb|The [[lake]] in winter (see [https://example.org note])]]
+'''Lake Miro''' ({{IPA|x}}; {{lang|fr|lac Miro|links=no}}) is a [[freshwater lake|lake]] {{convert|5|to|7|km|mi}} long.<ref
+name="a">Some book</ref> Its water is {{small|often {{nowrap|very cold}}}}, 4&nbsp;{{snd}} 9&nbsp;°C.<!-- check -->
+
+== History ==
+=== Early years ===
+* The ''first'' boat came in 1701<ref name="a" />; it held 10<sup>3</sup> barrels, H<sub>2</sub>O and {{cite|x}}
+* [http://example.org A map] shows it.
+{| class="wikitext"
+! Year !! Boats
+|-
+| 1701 || {| nested
+|}
+|}
+== Empty ==
+{{main|Nothing}}
+== See also ==
+* [[Lake Other]]
+=== Deeper ===
+* more
+== Today ==
+{{quote|The lake is ours.|A. Fisher}}
+Boats &amp; birds.
+
+== References ==
+{{reflist}}
+[[Category:Lakes]]
+[[fr:Lac Miro]]
+"""
+
+CLEANED = """Lake Miro (lac Miro) is a lake 5 to 7 km long. Its water is often very cold, 4 – 9 °C.
+
+Early years
+The first boat came in 1701; it held 10^3 barrels, H2O and
+A map shows it.
+
+Today
+The lake is ours.
+Boats & birds."""
+
+
+def page(title: str, text: str, namespace: int = 0, redirect: str = "") -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return f"<page><title>{title}</title><ns>{namespace}</ns>{redirect}<revision><text>{text}</text></revision></page>"
+
+
+def dump(path: Path, *pages: str) -> Path:
+    xml = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{"".join(pages)}</mediawiki>'
+    data = xml.encode("utf-8")
+    path.write_bytes(bz2.compress(data) if path.suffix == ".bz2" else data)
+    return path
+
+
+def jsonl(path: Path, count: int = 60) -> Path:
+    lines = [
+        {"title": f"Story {i}", "text": f"Story {i}: the fox met {i} hens. 狐狸 🦊\n\nThe end."} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    return prepare(jsonl(folder / "stories.jsonl"), folder / "corpus", vocab_size=320)
+
+
+def row(stream: TokenStream) -> list[int]:
+    return stream._ids(0, stream.tokens).tolist()
+
+
+# cleaning
+
+
+def test_an_article_becomes_its_prose():
+    assert clean(ARTICLE) == CLEANED
+
+
+def test_cleaning_clean_text_changes_nothing():
+    assert clean(CLEANED) == CLEANED
+
+
+def test_chinese_markup_becomes_simplified_chinese_prose():
+    wikitext = "'''米罗湖'''（{{lang|en|Lake Miro}}）是-{zh-tw:電腦;zh-cn:电脑;}-湖。-{H|zh-cn:甲;zh-tw:乙}-\n[[分类:湖泊]]\n== 参考资料 ==\n* 书"
+    assert clean(wikitext) == "米罗湖（Lake Miro）是电脑湖。"
+
+
+def test_brackets_that_are_never_closed_lose_only_themselves():
+    assert clean("One [[two. {{three. Four]] five.") == "One two. three. Four five."
+
+
+@pytest.mark.parametrize("name", ["lakes.xml", "lakes.xml.bz2", "lakes.bz2"])
+def test_a_dump_gives_articles_only(tmp_path, name):
+    path = dump(
+        tmp_path / name,
+        page("Lake Miro", ARTICLE),
+        page("Miro", "#REDIRECT [[Lake Miro]]", redirect='<redirect title="Lake Miro" />'),
+        page("Old redirect", "#redirect [[Lake Miro]]"),
+        page("Miro (disambiguation)", "Miro is a lake or a name.\n{{disambiguation}}"),
+        page("Talk:Lake Miro", "I like it.", namespace=1),
+        page("Fox", "A fox. {{disambiguation needed|date=May}} {{About|the animal|others|Fox (disambiguation)}}"),
+    )
+    assert list(documents(path)) == [("Lake Miro", CLEANED), ("Fox", "A fox.")]
+
+
+def test_cleaning_in_spawned_processes_gives_the_same_articles_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "ALONE", 1)
+    monkeypatch.setattr(corpus, "QUEUE", 3)  # shorter than the dump: results leave while others enter
+    path = dump(tmp_path / "lakes.xml", *(page(f"Lake {i}", f"'''Lake {i}'''\n{ARTICLE}") for i in range(9)))
+    alone = list(documents(path, workers=1))
+    assert len(alone) == 9 and alone == list(documents(path, workers=2))
+
+
+DEBRIS = (
+    "{{", "}}", "[[", "]]", "thumb|", "Category:", "File:", "ISBN", "http", "''", "()", "( ,", "  ", "\n\n\n", "&nbsp;",
+    "<ref", "</", "<br", "\0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def articles() -> dict[str, str]:
+    pytest.importorskip("gensim", reason="pip install the [sample] extra")
+    from data.wikipedia import prepare as wikipedia
+
+    return dict(documents(wikipedia()))
+
+
+def test_the_real_fragment_is_cleaned_without_debris(articles):
+    assert len(articles) == 98  # of 206 pages 100 are redirects, 8 tell homonyms apart
+    assert 2_700_000 < sum(map(len, articles.values())) < 2_900_000
+    found = {mark: sum(mark in text for text in articles.values()) for mark in DEBRIS}
+    assert found == dict.fromkeys(DEBRIS, 0)
+    assert sum(text.count("|") for text in articles.values()) <= 3  # two are in ASCII's prose about "|"
+    assert not [line for text in articles.values() for line in text.split("\n") if re.match(r"[*#:;!|]", line)]
+
+
+def test_cleaning_keeps_the_words_that_mwparserfromhell_keeps(articles):
+    parser = pytest.importorskip("mwparserfromhell")
+    from data.wikipedia import prepare as wikipedia
+
+    with bz2.open(wikipedia()) as file:
+        wikitext = dict(corpus._articles(file))
+    for title in ("Andre Agassi", "Aikido", "Abacus"):
+        prose = [p for p in wikitext[title].split("\n") if re.match(r"[A-Z'][^{}<>|]{200,}$", p)]
+        for paragraph in prose:  # without templates and footnotes, where the two differ on purpose
+            theirs = Counter(re.findall(r"\w+", parser.parse(paragraph).strip_code()))
+            assert not theirs - Counter(re.findall(r"\w+", articles[title])), paragraph
+        assert len(prose) > 2
+
+
+# sources
+
+
+def test_a_long_text_file_is_cut_at_line_breaks_and_loses_nothing(tmp_path):
+    text = GARDEN.read_text(encoding="utf-8") * 150  # 250 kB
+    (tmp_path / "long.txt").write_text("\ufeff" + text, encoding="utf-8", newline="\r\n")
+    pieces = list(documents(tmp_path / "long.txt"))
+    assert len(pieces) > 2 and {title for title, _ in pieces} == {"long.txt"}
+    assert "".join(piece for _, piece in pieces) == text
+    assert all(piece.endswith("\n") for _, piece in pieces)
+
+
+def test_a_text_without_line_breaks_is_cut_between_characters(tmp_path):
+    text = "湖🦊" * 50_000
+    (tmp_path / "line.txt").write_text(text, encoding="utf-8")
+    pieces = [piece for _, piece in documents(tmp_path / "line.txt")]
+    assert len(pieces) > 2 and "".join(pieces) == text
+
+
+def test_a_folder_is_read_in_order_with_paths_as_titles(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "二.md").write_text("two", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "c.jsonl").write_text('{"text": "three"}\n\n{"text": " "}\n{"title": "T", "text": "four"}', "utf-8")
+    expected = [("a.txt", "one"), ("b/二.md", "two"), ("c.jsonl, line 1", "three"), ("T", "four")]
+    assert list(documents(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n \n", "is empty"),
+        ("gbk.txt", "ok 中文".encode("gbk"), "not UTF-8 at byte 3; convert it, e.g. iconv -f gbk -t utf-8"),
+        ("late.txt", b"a line\n" * 20_000 + b"\xff", "not UTF-8 at byte 140000"),
+        ("wide.txt", "text".encode("utf-16"), "zero bytes"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": }\n', "a.jsonl, line 2: not a JSON object"),
+        ("b.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "b.jsonl, line 2: must be an object whose \"text\""),
+        ("c.jsonl", b'["text"]\n', "c.jsonl, line 1: must be an object"),
+        ("d.jsonl", b'{"text": "\xd6\xd0"}\n', "d.jsonl, line 1: not UTF-8 at byte 10"),
+        ("e.xml", b"<html><p>no</p></html>", "no MediaWiki dump"),
+        ("f.xml", b"<mediawiki><page><title>a</tit", "broken XML"),
+        ("g.xml.bz2", bz2.compress(b"<mediawiki>" + os.urandom(9_000).hex().encode())[:-900], "ends too early"),
+    ],
+)  # fmt: skip
+def test_unusable_files_stop_with_the_reason(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        list(documents(tmp_path / name))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_sources_stop_with_the_name(tmp_path):
+    for source in (tmp_path / "none.txt", "data/none.txt", "nothing"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            list(documents(source))
+    with pytest.raises(InputError, match="no file in this folder ends in .txt"):
+        list(documents(tmp_path))
+
+
+def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud83d y"}', encoding="utf-8")
+    assert list(documents(tmp_path / "a.jsonl")) == [("a.jsonl, line 1", "x? y")]
+
+
+# the held-out split
+
+
+def test_held_out_titles_are_the_same_on_every_machine():
+    held_out = [title for title in (f"Title {i}" for i in range(40)) if is_held_out(title)]
+    assert held_out == ["Title 10", "Title 32"]  # a change moves articles that models were trained on
+    assert is_held_out("Autism") and not is_held_out("Anarchism") and not is_held_out("中国")
+    assert 900 < sum(is_held_out(str(i)) for i in range(10_000)) < 1_100
+
+
+def test_the_order_of_the_documents_does_not_change_the_split(prepared, tmp_path):
+    lines = (prepared.parent / "stories.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(reversed(lines)), encoding="utf-8")
+    other = prepare(tmp_path / "other.jsonl", tmp_path / "corpus", vocab_size=320)
+    titles = [sorted(json.loads((f / "corpus.json").read_text("utf-8"))["held_out"]) for f in (prepared, other)]
+    assert titles[0] == titles[1] and 0 < len(titles[0]) < 20
+    val = [json.loads(line)["title"] for line in (prepared / "val.jsonl").read_text("utf-8").splitlines()]
+    train = [json.loads(line)["title"] for line in (prepared / "train.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(val) == titles[0] and not set(val) & set(train) and len(val + train) == 60
+
+
+@pytest.mark.parametrize("times", [1, 200])  # one document; many pieces of one file
+def test_a_single_text_holds_out_its_last_tenth(tmp_path, times):
+    text = GARDEN.read_text(encoding="utf-8") * times
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.train([text], 320)
+    folder = prepare(tmp_path / "book.txt", tmp_path / "corpus", tokenizer=tokenizer)
+    head, tail = (tokenizer.decode(i for i in row(TokenStream(folder, split, tokenizer, 8)) if i != tokenizer.end_of_text)
+                  for split in ("train", "val"))  # fmt: skip
+    assert head + tail == text and head.endswith("\n")
+    assert 0.05 < len(tail) / len(text) < 0.25
+
+
+def test_val_source_is_the_whole_held_out_split(tmp_path):
+    source = jsonl(tmp_path / "stories.jsonl", 30)
+    folder = prepare(source, tmp_path / "corpus", vocab_size=320, val_source=GARDEN)
+    manifest = json.loads((folder / "corpus.json").read_text("utf-8"))
+    assert manifest["train"]["documents"] == 30 and manifest["held_out"] == ["garden.txt"]
+    assert manifest["val"]["bytes"] == GARDEN.stat().st_size
+
+
+def test_the_tokenizer_learns_from_the_training_split_only(tmp_path, monkeypatch):
+    seen = []
+    train = Tokenizer.train.__func__
+    monkeypatch.setattr(
+        Tokenizer, "train", classmethod(lambda cls, texts, size: train(cls, seen.extend(texts) or seen, size))
+    )
+    prepare(jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus", vocab_size=320)
+    titles = {text.split(":")[0] for text in seen}
+    assert titles == {f"Story {i}" for i in range(60) if not is_held_out(f"Story {i}")}
+
+
+# shards
+
+
+def test_each_document_ends_with_end_of_text_and_decodes_to_itself(prepared):
+    tokenizer = Tokenizer.load(prepared)
+    ids = row(TokenStream(prepared, "val", tokenizer, 8))
+    texts = [json.loads(line)["text"] for line in (prepared / "val.jsonl").read_text("utf-8").splitlines()]
+    assert ids[0] == ids[-1] == tokenizer.end_of_text
+    ends = [i for i, token in enumerate(ids) if token == tokenizer.end_of_text]
+    assert [tokenizer.decode(ids[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)] == texts
+
+
+def test_control_text_in_an_article_makes_no_control_id(tmp_path):
+    (tmp_path / "a.txt").write_text("before <|endoftext|> after <|user|>\n" * 20, encoding="utf-8")
+    folder = prepare(tmp_path / "a.txt", tmp_path / "corpus", vocab_size=320)
+    tokenizer = Tokenizer.load(folder)
+    ids = row(TokenStream(folder, "train", tokenizer, 8))
+    assert [i for i in ids if i in tokenizer.control.values()] == [tokenizer.end_of_text] * 2
+
+
+class WithIds:
+    """A tokenizer of any size: text is a list of numbers."""
+
+    end_of_text, hash = 0, "numbers"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode_batch(self, texts):
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def save(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_536, "<u2"), (65_537, "<u4")])
+def test_ids_take_two_bytes_only_if_all_fit(tmp_path, vocab_size, dtype):
+    numbers = [1, 65_535, vocab_size - 1]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(map(str, numbers)), encoding="utf-8")
+    tokenizer = WithIds(vocab_size)
+    folder = prepare(tmp_path / "train.txt", tmp_path / "corpus", tokenizer=tokenizer, val_source=tmp_path / "val.txt")
+    stream = TokenStream(folder, "train", tokenizer, 2)
+    assert stream.shards[0][1]["dtype"] == dtype
+    assert row(stream) == [0, *numbers, 0]
+
+
+def test_many_shards_read_as_one(prepared, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(prepared)
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 100)
+    folder = prepare(prepared.parent / "stories.jsonl", tmp_path / "corpus", tokenizer=tokenizer)
+    one, many = (TokenStream(f, "train", tokenizer, 16) for f in (prepared, folder))
+    assert len(one.shards) == 1 and len(many.shards) > 3
+    assert row(one) == row(many)
+    every = range(len(one))
+    assert one.batch(every).inputs.equal(many.batch(every).inputs)
+
+
+def test_an_existing_folder_is_reused_until_the_request_changes(tmp_path, capsys):
+    source, folder = jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus"
+    prepare(source, folder, vocab_size=320)
+    before = (folder / "train-00000.bin").stat().st_mtime_ns
+    prepare(source, folder, vocab_size=320)
+    assert "already prepared" in capsys.readouterr().out.splitlines()[-1]
+    assert (folder / "train-00000.bin").stat().st_mtime_ns == before
+    tokenizer = Tokenizer.gpt2()
+    prepare(source, folder, tokenizer=tokenizer)
+    assert TokenStream(folder, "train", tokenizer, 8).tokens
+    jsonl(source, 40)
+    prepare(source, folder, tokenizer=tokenizer)
+    manifest = json.loads((folder / "corpus.json").read_text("utf-8"))
+    assert manifest["train"]["documents"] + manifest["val"]["documents"] == 40
+
+
+def test_an_interrupted_preparation_is_refused_and_then_done_anew(tmp_path, monkeypatch):
+    source, folder = jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus"
+    tokenizer = Tokenizer.gpt2()
+    prepare(source, folder, tokenizer=tokenizer)
+    expected = row(TokenStream(folder, "train", tokenizer, 8))
+    jsonl(source, 61)  # so that it is made anew, and is interrupted in the second split
+
+    def interrupted(folder, split, tokenizer, write=corpus._write_shards):
+        if split == "val":
+            raise KeyboardInterrupt
+        return write(folder, split, tokenizer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus, "_write_shards", interrupted)
+        prepare(source, folder, tokenizer=tokenizer)
+    with pytest.raises(InputError, match="no corpus.json"):
+        TokenStream(folder, "train", tokenizer, 8)
+    jsonl(source, 60)
+    prepare(source, folder, tokenizer=tokenizer)
+    assert row(TokenStream(folder, "train", tokenizer, 8)) == expected
+
+
+def test_another_tokenizer_or_a_cut_shard_is_refused(prepared, tmp_path):
+    with pytest.raises(InputError, match="50,257 ids"):
+        TokenStream(prepared, "train", Tokenizer.gpt2(), 8)
+    tokenizer = Tokenizer.load(prepared)
+    folder = prepare(prepared.parent / "stories.jsonl", tmp_path / "corpus", tokenizer=tokenizer)
+    shard = folder / "train-00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2])
+    with pytest.raises(InputError, match=f"{len(whole) - 2:,} bytes, not {len(whole):,}"):
+        TokenStream(folder, "train", tokenizer, 8)
+    shard.write_bytes(b"x" * 600)
+    with pytest.raises(InputError, match="no shard of version"):
+        TokenStream(folder, "train", tokenizer, 8)
+
+
+def test_too_little_text_stops_with_the_numbers(tmp_path):
+    (tmp_path / "a.txt").write_text("ab", encoding="utf-8")
+    with pytest.raises(InputError, match="'val': 0"):
+        prepare(tmp_path / "a.txt", tmp_path / "corpus", vocab_size=320)
+    (tmp_path / "b.txt").write_text("1 2 3", encoding="utf-8")
+    tokenizer = WithIds(10)
+    folder = prepare(tmp_path / "b.txt", tmp_path / "corpus", tokenizer=tokenizer, val_source=tmp_path / "b.txt")
+    with pytest.raises(InputError, match="5 training tokens, one crop of --block-size 5 needs 6"):
+        TokenStream(folder, "train", tokenizer, 5)
+    assert len(TokenStream(folder, "train", tokenizer, 4)) == 1
+
+
+def test_the_folder_that_holds_the_source_is_not_overwritten(tmp_path):
+    source = jsonl(tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match="name another"):
+        prepare(source, tmp_path, vocab_size=320)
+    assert source.exists()
+
+
+# crops
+
+
+def test_a_batch_is_crops_with_targets_one_token_later(prepared):
+    stream = TokenStream(prepared, "train", Tokenizer.load(prepared), 16)
+    ids = row(stream)
+    assert len(stream) == (len(ids) - 1) // 16
+    batch = stream.batch([3, 0, len(stream) - 1])
+    assert batch.inputs.shape == batch.targets.shape == (3, 16)
+    assert batch.inputs.dtype == batch.targets.dtype and str(batch.inputs.dtype) == "torch.int64"
+    assert batch.inputs.is_contiguous() and batch.targets.is_contiguous() and batch.segments is None
+    assert batch.inputs[0].tolist() == ids[48:64] and batch.targets[0].tolist() == ids[49:65]
+    with pytest.raises(IndexError):
+        stream.batch([len(stream)])
+
+
+@pytest.mark.parametrize("block_size", [7, 16, 5_000])
+def test_windows_predict_every_token_but_the_first_exactly_once(prepared, block_size):
+    stream = TokenStream(prepared, "val", Tokenizer.load(prepared), block_size)
+    ids = np.array(row(stream))
+    batches = list(stream.windows(3))
+    targets = np.concatenate([batch.targets.flatten() for batch in batches])
+    inputs = np.concatenate([batch.inputs.flatten() for batch in batches])
+    assert (targets[targets != IGNORED] == ids[1:]).all() and (inputs[targets != IGNORED] == ids[:-1]).all()
+    assert (targets[: len(ids) - 1] != IGNORED).all() and len(targets) % block_size == 0
+    again = list(stream.windows(3))
+    assert all(a.inputs.equal(b.inputs) and a.targets.equal(b.targets) for a, b in zip(batches, again, strict=True))
+
+
+def test_windows_stop_after_max_tokens(prepared):
+    stream = TokenStream(prepared, "val", Tokenizer.load(prepared), 16)
+    batches = list(stream.windows(2, max_tokens=40))
+    assert [tuple(batch.inputs.shape) for batch in batches] == [(2, 16), (1, 16)]
+    assert sum(int((batch.targets != IGNORED).sum()) for batch in batches) == 40
+
+
+# the machine around it
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env={**os.environ, **env}, capture_output=True, timeout=300
+    )
+
+
+def test_everything_is_utf8_in_a_c_locale(tmp_path):
+    (tmp_path / "故事.jsonl").write_bytes(jsonl(tmp_path / "a.jsonl").read_bytes().replace(b"Story", "故事".encode()))
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = run(
+        "-m", "nanochat.corpus", str(tmp_path / "故事.jsonl"), str(tmp_path / "out"), "--vocab-size", "320", **env
+    )
+    assert done.returncode == 0, done.stderr
+    assert "故事" in done.stdout.decode("utf-8") and "故事" in (tmp_path / "out" / "train.jsonl").read_text("utf-8")
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    done = run("-m", "nanochat.corpus", str(tmp_path / "none.txt"), str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("error: ") and done.stderr.count(b"\n") == 1
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_name_and_config(monkeypatch):
+    def load_dataset(name, config, split, streaming):
+        if name == "nobody/nothing":
+            raise ConnectionError("Couldn't reach the hub\nand a long story")
+        assert (name, config, split, streaming) == ("owner/stories", "small", "train", True)
+        return iter([{"text": "one", "date": object()}, {"title": "T", "text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    rows = list(documents("owner/stories:small"))
+    assert rows == [("owner/stories:small, line 1", "one"), ("T", "two")]
+    with pytest.raises(InputError, match="no such file, and as a data set of the hub: Couldn't reach the hub$"):
+        list(documents("nobody/nothing"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        list(documents("owner/stories"))
+
+
+@pytest.mark.slow
+def test_40_mb_of_text_and_2000_batches_take_less_than_100_mb(tmp_path):
+    text = GARDEN.read_text(encoding="utf-8") * 600
+    (tmp_path / "book.txt").write_text(text * (40_000_000 // len(text.encode("utf-8")) + 1), encoding="utf-8")
+    script = """
+        import random, resource, sys
+        import torch
+        from nanochat import corpus
+        from nanochat.tokenizer import Tokenizer
+        tokenizer = Tokenizer.train([open(sys.argv[1], encoding="utf-8").read(2**20)], 1024)
+        tokenizer.encode_batch(["warm"] * 16)
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = peak()
+        folder = corpus.prepare(sys.argv[1], sys.argv[2], tokenizer=tokenizer)
+        stream = corpus.TokenStream(folder, "train", tokenizer, 256)
+        for _ in range(2_000):
+            stream.batch(random.sample(range(len(stream)), 12))
+        print("grew by", peak() - before)
+    """
+    done = run("-c", textwrap.dedent(script), str(tmp_path / "book.txt"), str(tmp_path / "corpus"))
+    assert done.returncode == 0, done.stderr.decode()
+    assert float(done.stdout.split()[-1]) < 100

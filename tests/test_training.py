@@ -1,0 +1,361 @@
+"""training.py: the gradient of a step, the order of its calls, the schedule, the data order, resuming."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from nanochat import InputError, checkpoint, training
+from nanochat.model import GPT, IGNORED, Batch, GPTConfig
+from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
+
+CPU = torch.device("cpu")
+BLOCK = 16
+
+
+class RandomExamples:
+    """Examples with as many supervised tokens as `supervised` says, the same at every call."""
+
+    block_size = BLOCK
+
+    def __init__(self, supervised: list[int], vocab_size: int = 97):
+        generator = torch.Generator().manual_seed(1)
+        self.inputs, self.targets = torch.randint(vocab_size, (2, len(supervised), BLOCK), generator=generator)
+        for row, count in zip(self.targets, supervised):
+            row[count:] = IGNORED
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices) -> Batch:
+        return Batch(self.inputs[indices], self.targets[indices])
+
+
+def run(model, data, out, tokenizer, dtype=torch.float32, resume=None, **settings):
+    """train() on a tiny model; → (progress, the records of metrics.jsonl)."""
+    config = TrainConfig(**dict(batch_size=2, max_steps=4, learning_rate=1e-3, warmup_steps=2, seed=3) | settings)
+    progress = train(model, tokenizer, data, config, out=out, settings={}, device=CPU, dtype=dtype, resume=resume,
+                     evaluate=lambda: {"val_loss": float(model.wte.weight.detach().double().norm())},
+                     sample=lambda: "a sample")  # fmt: skip
+    return progress, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def tiny(tokenizer, **settings) -> GPT:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**sizes | settings))
+
+
+# ------------------------------------------------------------------ the step
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_accumulating_equals_one_batch_of_8_with_uneven_masks(
+    batch_size, accumulate, tokenizer, tmp_path, monkeypatch
+):
+    """The gradient of a step is that of the mean over all its supervised tokens, however it is cut."""
+    data = RandomExamples([1, 7, 0, 16, 3, 16, 0, 2])
+    model = tiny(tokenizer).double()
+    order = example_order(0, 8, 8, seed=3)
+    model(*data.batch(order)).div(45).backward()  # 45 = the supervised tokens of all eight
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    seen = {}
+    monkeypatch.setattr(  # the gradients as clipping finds them
+        torch.nn.utils, "clip_grad_norm_",
+        lambda parameters, limit: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}) or torch.ones(()),
+    )  # fmt: skip
+    _, records = run(model, data, tmp_path, tokenizer, batch_size=batch_size, accumulate=accumulate, max_steps=1)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-9, atol=1e-14)
+    model = tiny(tokenizer).double()
+    assert records[0]["loss"] == pytest.approx(model(*data.batch(order)).item() / 45, rel=1e-6)
+
+
+def test_a_mean_of_means_would_be_another_gradient(tokenizer):
+    data = RandomExamples([1, 7, 0, 16, 3, 16, 0, 2])
+    model = tiny(tokenizer).double()
+    whole = model(*data.batch(range(8))).item() / 45
+    halves = [model(*data.batch(half)).item() / n for half, n in ((range(4), 24), (range(4, 8), 21))]
+    assert abs(sum(halves) / 2 - whole) > 1e-4
+
+
+def test_batches_without_supervised_tokens_change_nothing(tokenizer, tmp_path):
+    """A step that has nothing to learn from gives a zero loss, not NaN."""
+    model = tiny(tokenizer)
+    _, records = run(model, RandomExamples([0, 0]), tmp_path, tokenizer, max_steps=2, weight_decay=0.0)
+    assert [r["loss"] for r in records] == [0.0, 0.0]
+    for name, p in tiny(tokenizer).named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name]), name
+
+
+class RecordingScaler:
+    """Stands in for GradScaler: records the calls, and skips the steps in `overflow`."""
+
+    def __init__(self, calls, overflow=(), scale=1024.0):
+        self.calls, self.overflow, self.factor, self.steps = calls, overflow, scale, 0
+
+    def is_enabled(self):
+        return True
+
+    def get_scale(self):
+        return self.factor
+
+    def scale(self, loss):
+        self.calls.append("scale")
+        loss.register_hook(lambda grad: self.calls.append("backward"))
+        return loss * self.factor
+
+    def unscale_(self, optimizer):
+        self.calls.append("unscale_")
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad /= self.factor
+
+    def step(self, optimizer):
+        self.calls.append("step")
+        if self.steps not in self.overflow:
+            optimizer.step()
+
+    def update(self):
+        self.calls.append("update")
+        self.factor *= 0.5 if self.steps in self.overflow else 1.0
+        self.steps += 1
+
+    def state_dict(self):
+        return {}
+
+
+def with_scaler(monkeypatch, scaler):
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler)
+
+
+def test_a_step_is_scale_backward_unscale_clip_step_update(tokenizer, tmp_path, monkeypatch):
+    calls: list[str] = []
+    with_scaler(monkeypatch, RecordingScaler(calls))
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: calls.append("clip") or clip(*args))
+    run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, accumulate=2, max_steps=1)
+    assert calls == ["scale", "backward", "scale", "backward", "unscale_", "clip", "step", "update"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+def test_the_clipped_step_does_not_depend_on_the_scale(scale, tokenizer, tmp_path, monkeypatch):
+    expected, model = tiny(tokenizer), tiny(tokenizer)
+    run(expected, RandomExamples([9] * 4), tmp_path / "plain", tokenizer, clip=0.01)
+    with_scaler(monkeypatch, RecordingScaler([], scale=scale))
+    run(model, RandomExamples([9] * 4), tmp_path / "scaled", tokenizer, clip=0.01)
+    for p, q in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_skipped_step_does_not_advance_the_schedule(tokenizer, tmp_path, monkeypatch):
+    calls: list[str] = []
+    with_scaler(monkeypatch, RecordingScaler(calls, overflow={1, 2}))
+    progress, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer)
+    assert progress.step == 4 and calls.count("step") == 6
+    assert progress.examples == 6 * 2  # the examples of a skipped step are consumed all the same
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    factors = [learning_rate_factor(step, 4, 2) * 1e-3 for step in range(4)]
+    assert [r["learning_rate"] for r in records] == pytest.approx(factors)
+
+
+def test_fp16_with_the_real_scaler_trains_and_keeps_fp32_weights(tokenizer, tmp_path):
+    model = tiny(tokenizer)
+    _, records = run(model, RandomExamples([16] * 4), tmp_path, tokenizer, dtype=torch.float16, max_steps=12,
+                     learning_rate=1e-2)  # fmt: skip
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+
+
+def test_overflow_in_either_optimizer_skips_both(tokenizer):
+    model = tiny(tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(*RandomExamples([16] * 4).batch(range(4)))).backward()
+    model.h[0].attn.c_attn.weight.grad[0, 0] = math.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_non_finite_loss_stops_before_the_weights_are_touched(optimizer, tokenizer, tmp_path):
+    model = tiny(tokenizer)
+    with torch.no_grad():
+        model.ln_f.bias[0] = math.nan
+    before = model.wte.weight.clone()
+    with pytest.raises(InputError, match="step 1: loss nan.*--learning-rate"):
+        run(model, RandomExamples([9] * 4), tmp_path, tokenizer, optimizer=optimizer)
+    assert torch.equal(model.wte.weight, before)
+    assert not list(tmp_path.glob("step-*"))
+
+
+# ------------------------------------------------------------------ optimizer and schedule
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(optimizer, tokenizer):
+    model = tiny(tokenizer)
+    groups = build_optimizer(model, TrainConfig(optimizer=optimizer, weight_decay=0.1)).param_groups
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[p] == (0.1 if p.dim() == 2 else 0.0), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tokenizer):
+    model = tiny(tokenizer)
+    muon, adamw = build_optimizer(model, TrainConfig(optimizer="muon")).parts
+    name_of = {p: name for name, p in model.named_parameters()}
+    of_muon = {name_of[p] for group in muon.param_groups for p in group["params"]}
+    assert of_muon == {n for n in name_of.values() if n.startswith("h.") and n.endswith("weight") and "ln" not in n}
+    assert isinstance(adamw, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_schedule_counts_optimizer_steps(accumulate, tokenizer, tmp_path):
+    _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, accumulate=accumulate,
+                     max_steps=6, warmup_steps=3)  # fmt: skip
+    rates = [r["learning_rate"] / 1e-3 for r in records]
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])
+
+
+def test_the_start_of_a_run_prints_its_length(tokenizer, tmp_path, capsys):
+    run(tiny(tokenizer), RandomExamples([9] * 10), tmp_path, tokenizer, accumulate=3, max_steps=None, epochs=2)
+    shown = capsys.readouterr().err
+    assert "6 a step, 96 tokens; 4 steps, 2.40 epochs" in shown  # 20 examples fill 3.3 steps
+
+
+def test_minutes_become_a_number_of_steps_after_ten_timed_ones(tokenizer, tmp_path, capsys):
+    progress, _ = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, max_steps=None, max_minutes=0.02)
+    assert progress.step == progress.max_steps >= 12
+    assert f"0.02 minutes are {progress.max_steps:,} steps here" in capsys.readouterr().err
+
+
+def test_a_run_without_a_length_is_refused(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="--max-steps, --max-minutes or --epochs"):
+        run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, max_steps=None)
+
+
+# ------------------------------------------------------------------ data order, checkpoints, resume
+
+
+def test_every_epoch_visits_each_example_once_in_another_order():
+    order = example_order(0, 30, 10, seed=1)
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert example_order(0, 30, 10, seed=1) == order != example_order(0, 30, 10, seed=2)
+    assert example_order(7, 11, 10, seed=1) == order[7:18]  # one counter is the whole state
+
+
+def test_evaluating_changes_no_training_loss(tokenizer, tmp_path):
+    losses = []
+    for eval_every in (1, 100):
+        _, records = run(tiny(tokenizer, dropout=0.2), RandomExamples([9] * 6), tmp_path / str(eval_every), tokenizer,
+                         max_steps=6, eval_every=eval_every)  # fmt: skip
+        losses.append([r["loss"] for r in records])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_reproduces_the_uninterrupted_run(optimizer, dtype, tokenizer, tmp_path):
+    data = RandomExamples([9, 3, 16, 5, 11])
+    settings = dict(accumulate=2, max_steps=7, optimizer=optimizer, dtype=dtype, save_every=3, eval_every=100)
+    whole, stopped = tiny(tokenizer, dropout=0.1), tiny(tokenizer, dropout=0.1)
+    torch.manual_seed(5)
+    _, expected = run(whole, data, tmp_path / "whole", tokenizer, **settings)
+    torch.manual_seed(5)
+
+    class Stop(Exception):
+        """The plug is pulled in step 5, after the checkpoint of step 3."""
+
+    class Unplugged(RandomExamples):
+        drawn = 0
+
+        def batch(self, indices):
+            self.drawn += 1
+            if self.drawn > 8:
+                raise Stop
+            return super().batch(indices)
+
+    with pytest.raises(Stop):
+        run(stopped, Unplugged([9, 3, 16, 5, 11]), tmp_path / "cut", tokenizer, **settings)
+    torch.manual_seed(99)  # a new process has another random state
+    resume = checkpoint.open_run(tmp_path / "cut", resume=True, overwrite=False)
+    resumed, _ = checkpoint.load(tmp_path / "cut" / "last")
+    _, records = run(resumed, data, tmp_path / "cut", tokenizer, resume=resume, **settings)
+    assert [r["loss"] for r in records] == [r["loss"] for r in expected]
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
+    model = tiny(tokenizer)
+    config = TrainConfig(batch_size=2, max_steps=10, eval_every=1, keep=1, patience=3)
+    progress = train(model, tokenizer, RandomExamples([9] * 4), config, out=tmp_path, settings={}, device=CPU,
+                     dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: "")  # fmt: skip
+    assert progress.step == 5 and progress.best_loss == 2.0
+    assert checkpoint.locate(tmp_path).resolve().name == "step-000002"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000005"]
+
+
+def test_metrics_and_picture_are_written(tokenizer, tmp_path):
+    _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, eval_every=2)
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"} <= records[0].keys()
+    assert [r["step"] for r in records if "val_loss" in r] == [2, 4]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_is_saved_as_it_is(tokenizer, tmp_path):
+    progress, _ = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer)
+    state = torch.load(tmp_path / "last" / "resume" / "state.pt", weights_only=True)
+    assert Progress(**state["progress"]) == progress
+    assert set(state["optimizer"]) == {name for name, _ in tiny(tokenizer).named_parameters()}
+
+
+def test_training_on_a_pattern_learns_it(tokenizer, tmp_path):
+    """Both optimizers bring the loss of a repeating sequence near zero."""
+    data = RandomExamples([16] * 2)
+    data.inputs = torch.stack([torch.arange(BLOCK), torch.arange(3, BLOCK + 3)]) % 5
+    data.targets = (data.inputs + 1) % 5
+    for optimizer in ("adamw", "muon"):
+        _, records = run(tiny(tokenizer), data, tmp_path / optimizer, tokenizer, optimizer=optimizer, max_steps=60,
+                         learning_rate=3e-2)  # fmt: skip
+        assert records[-1]["loss"] < 0.2, optimizer
+
+
+def test_a_step_of_adamw_and_of_muon_follows_the_published_rule(tokenizer):
+    """One step from zero state, by hand: AdamW moves each weight by the rate, Muon a matrix by an
+    orthogonal one (G = U S Vᵀ → U Vᵀ) whose root mean square is about 0.2 of the rate."""
+    for optimizer in ("adamw", "muon"):
+        model = tiny(tokenizer)
+        before = model.h[0].mlp.c_fc.weight.detach().clone()
+        table = model.wte.weight.detach().clone()
+        built = build_optimizer(model, TrainConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.0))
+        model(*RandomExamples([16] * 4).batch(range(4))).backward()
+        built.step()
+        moved = (model.h[0].mlp.c_fc.weight.detach() - before) / 1e-2
+        torch.testing.assert_close((model.wte.weight - table).abs().max().item(), 1e-2, rtol=1e-3, atol=0)
+        if optimizer == "adamw":
+            assert moved.abs().max() == pytest.approx(1, rel=1e-3)
+        else:
+            assert moved.pow(2).mean().sqrt() == pytest.approx(0.2, rel=0.2)
+            U, _, Vh = torch.linalg.svd(model.h[0].mlp.c_fc.weight.grad, full_matrices=False)
+            assert torch.cosine_similarity(moved.flatten(), -(U @ Vh).flatten(), dim=0) > 0.9
+
+
+def test_planned_steps_take_the_smallest_limit():
+    config = TrainConfig(batch_size=4, accumulate=2, max_steps=100, epochs=3)
+    assert training.planned_steps(config, examples=40) == 15
+    assert training.planned_steps(config, examples=41) == 16  # ceil(3 · 41 / 8)
+    assert training.planned_steps(TrainConfig(max_minutes=1), examples=40) is None
+    assert training.steps_in(TrainConfig(max_minutes=1, max_steps=50), 2.0, examples=40) == 30
