@@ -14,7 +14,7 @@ from nanochat import InputError, checkpoint, generate, runtime
 from nanochat.dialogue import Conversation
 from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
-from nanochat.runtime import DTYPES
+from nanochat.runtime import DTYPES, argument_text
 from nanochat.tokenizer import Tokenizer
 
 
@@ -41,6 +41,9 @@ class Settings:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings.system = argument_text(settings.system)
+    settings.prompt = None if settings.prompt is None else argument_text(settings.prompt)
+    settings.sampling.stop = tuple(map(argument_text, settings.sampling.stop))
     if settings.num_samples < 1:
         raise InputError(f"--num-samples is {settings.num_samples}, must be at least 1")
     if settings.dtype not in DTYPES:

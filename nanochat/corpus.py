@@ -7,13 +7,11 @@ anew, one that answers the same request is used at once. A tenth of the document
 hash of the title: the same articles on every machine. `TokenStream` reads the shards as one row of
 ids: an end-of-text, then every document followed by its own. Memory is a few MB for any source.
 
-Sources: GPT-2 (Radford et al. 2019) for crops that run across documents; the MediaWiki export
-format (mediawiki.org/wiki/Help:Export) and en.wikipedia.org/wiki/Help:Wikitext for the cleaning.
+Sources: GPT-2 (Radford et al. 2019) for crops that run across documents; wikitext.py cleans.
 """
 
 import argparse
 import bz2
-import html
 import json
 import multiprocessing
 import os
@@ -26,25 +24,28 @@ from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from nanochat import InputError
+from nanochat import InputError, wikitext
+from nanochat.model import IGNORED, Batch
+from nanochat.runtime import run_as_script
 from nanochat.tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # each cleaning process imports this page; torch would cost it 2 s and 200 MB
-    from nanochat.model import Batch
 
 VERSION = 1  # of the cleaning rules and the shard format; a new number makes old folders anew
 HELD_OUT = 0.10  # of the titles
+SALT = b"nanochat: "  # chosen once, so that the Wikipedia sample holds out near a tenth of its text too
 VOCAB_SIZE = 16_384  # fewer bits per byte than 4,096 after three minutes on the Wikipedia sample
 TOKENIZER_DOCUMENTS = 100_000  # to learn merges from; more cost hours and hardly move a merge
 SHARD_TOKENS = 100_000_000  # 200 MB a file in uint16
 HEADER = 512  # bytes before a shard's ids: JSON padded with spaces (`head -c 512` shows it)
 PIECE = 1 << 16  # bytes read at a time, and the length at which a text file is cut
+ALONE = 200  # articles cleaned in this process before others are started, which takes a second
+QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
 SUFFIXES = (".txt", ".md", ".jsonl", ".xml", ".bz2")  # of the files that a folder is searched for
 NOT_UTF8 = "{}: not UTF-8 at byte {}; convert it, e.g. iconv -f gbk -t utf-8"
 
@@ -134,12 +135,8 @@ class TokenStream:
     def __len__(self) -> int:
         return (self.tokens - 1) // self.block_size
 
-    def batch(self, indices: Sequence[int]) -> "Batch":
+    def batch(self, indices: Sequence[int]) -> Batch:
         """The crops `indices`: inputs (B, T), and targets (B, T) one token later, int64."""
-        import torch
-
-        from nanochat.model import Batch
-
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"crops {list(indices)}: this stream has 0 … {len(self) - 1}")
         starts = [index * self.block_size for index in indices]
@@ -147,15 +144,11 @@ class TokenStream:
         rows = torch.from_numpy(rows)  # (B, T + 1)
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
-    def windows(self, batch_size: int, max_tokens: int | None = None) -> "Iterator[Batch]":
+    def windows(self, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
         """Fixed windows for evaluation: each token but the first is a target once, in order.
 
         max_tokens: only that many targets. The last window is padded: end-of-text, target -100.
         """
-        import torch
-
-        from nanochat.model import IGNORED, Batch
-
         last = min(self.tokens - 1, max_tokens or self.tokens)
         for start in range(0, last, batch_size * self.block_size):
             count = min(batch_size * self.block_size, last - start)
@@ -182,7 +175,7 @@ class TokenStream:
 
 def is_held_out(title: str) -> bool:
     """Whether a title is among the tenth kept for validation: its salted SHA-256 decides."""
-    digest = sha256(b"nanochat held out: " + title.encode("utf-8")).digest()
+    digest = sha256(SALT + title.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
 
 
@@ -385,112 +378,22 @@ def _read_hub(source: Path) -> Iterator[tuple[str, str]]:
     yield from _json_lines((json.dumps(row, default=str).encode("ascii") for row in rows), str(source))
 
 
-# ---- Wikipedia ----------------------------------------------------------------------------------
-
-LISTS = (  # sections without prose
-    "References|Notes|Footnotes|Citations|Notes and references|References and notes|Sources"
-    "|See also|External links|Further reading|Bibliography|Works cited|Literature|Publications"
-    "|参考文献|參考文獻|参考资料|參考資料|注释|註釋|脚注|外部链接|外部連結|参见|參見|相关条目|延伸阅读|延伸閱讀"
-)
-MEDIA = "File|Image|Media|Category|文件|档案|檔案|图像|分类|分類|simple|zh-[a-z-]+|[a-z]{2,3}"
-BLOCKS = "ref|gallery|math|timeline|source|syntaxhighlight|score|imagemap|hiero"
-LAST = "lang|lang-[^|{}]*|transl|nowrap|nobold|small|smaller|big|abbr|angbr|keypress|sc|vr|mvar"
-FIRST = "nihongo|vanchor|visible anchor|val|quote|blockquote|cquote|quotation|nts|unicode"
-LINKED = r"(?:[^\[\]]|\[(?!\[)|\](?!\]))*"  # what may stand in a link: single brackets too
-MEASURE = r"\{\{\s*(?:convert|cvt)\s*\|"
-# fmt: off
-# Wikitext nests, and regular expressions do not. So a rule takes only what has nothing nested in
-# it any more, and a table runs again until the text no longer changes. "\0" marks headings.
-MARKUP = [  # pattern, replacement, what it is and why it goes or stays
-    (r"(?s)<!--.*?-->", "", "notes among editors"),
-    (rf"(?is)<({BLOCKS})\b[^<>]*?(?:/>|>.*?</\1\s*>)", "", "footnotes, pictures, formulas, code"),
-    (rf"(?im)^(==+)[ \t]*(?:{LISTS})[ \t]*\1[ \t]*$(?:\n(?!==).*|\n\1=.*)*", "", "lists, with subsections"),
-    (r"(?m)^(==+)[ \t]*(.+?)[ \t]*\1[ \t]*$", "\0\\2", "headings keep their words"),
-    (r"__[A-Z]+__", "", "switches such as __NOTOC__"),
-    (r"-\{[HT]\|.*?\}-", "", "Chinese conversion rules that show nothing"),
-    (r"-\{(?:[^{}]*?zh-(?:hans|cn)\s*:|[^{};:]*:)?([^{};]*)[^{}]*\}-", r"\1", "else the simplified form"),
-    (rf"(?i)\[\[\s*(?:{MEDIA})\s*:{LINKED}\]\]", "", "pictures, categories, other languages"),
-    (rf"\[\[(?:[^\[\]|]*\|)?({LINKED})\]\]", r"\1", "links keep what they show"),
-    (r"\[(?:https?:|ftp:)?//[^\s\[\]]+\s*([^\[\]]*)\]", r"\1", "links to the web keep their label"),
-    (rf"(?i)({MEASURE}[^{{}}]*?\|)([CF])(?=[|}}])", r"\1°\2", "degrees, before the next rule"),
-    (rf"(?i){MEASURE}([^{{}}|]*)\|(?:(to|and|or|by|x|-|–)\|([^{{}}|]*)\|)?([^{{}}|]*)[^{{}}]*\}}\}}",
-     r"\1 \2 \3 \4", "measures as they were given: '5 to 7 km'"),
-    (rf"(?i)\{{\{{\s*(?:{LAST})\s*\|(?:[^{{}}]*\|)?(?:1=)?((?!\s*[a-z]+\s*=)[^{{}}|]*)(?:\|[^{{}}]*)?\}}\}}",
-     r"\1", "marked words: the last field without a name"),
-    (rf"(?i)\{{\{{\s*(?:{FIRST})\s*\|([^{{}}|]*)[^{{}}]*\}}\}}", r"\1", "quotations, names"),
-    (r"\{\{\s*(HMS|USS|RMS|SS|MV)\s*\|([^{}|]*)[^{}]*\}\}", r"\1 \2", "names of ships"),
-    (r"(?i)\{\{\s*(?:snd|spaced ndash|ndash)\s*\}\}", " – ", "dashes"),
-    (rf"(?i)\{{\{{(?!\s*(?:{LAST}|{FIRST})\s*\|)(?:[^{{}}]|\{{(?!\{{)|\}}(?!\}}))*\}}\}}", "",
-     "other templates: boxes, citations, warnings"),
-    (r"(?sm)^[ \t:*]*\{\|(?:(?!\n[ \t:*]*\{\|).)*?\n\s*\|\}", "", "tables"),
-    (r"(?<=\d)<sup>([-−–+]?\d+)</sup>", r"^\1", "10 to the 6th is not 106"),
-    (r"<br\s*/?>", " ", "line breaks"),
-    (r"</?[a-zA-Z][^<>]*>", "", "other HTML tags, not what they enclose"),
-    (r"''+", "", "italic and bold"),
-]
-REMAINS = [  # once all markup is gone
-    (r"&nbsp;|[\t\xa0]", " ", "kinds of space"),
-    (r"(?m)^[*#:;].*\bISBN\b.*$", "", "lists of books"),
-    (r"(?m)^[*#:;]+[ \t]*", "", "marks of lists and indents"),
-    (r"([(（])[ ,;:，；]+", r"\1", "what templates leave in parentheses"),
-    (r"[ ,;:，；]+([)）])", r"\1", "likewise at the end of them"),
-    (r" ?(?:\(\)|（）|\[\])", "", "parentheses left empty"),
-    (r" +(?=[,.;:]?(?:[ \n]|\Z))", "", "double spaces, and those before a stop or a line's end"),
-    (r"(?m)^ +", "", "spaces that begin a line"),
-    (r"(?m)^[^\w\n\0]+$", "", "lines without a letter, where a formula was"),
-    (r"\n{3,}", "\n\n", "more than one blank line"),
-    (r"\0.*\s*(?=\0|\Z)", "", "headings with nothing under them"),
-]
-# fmt: on
-TABLES = [[(re.compile(pattern), by) for pattern, by, _ in table] for table in (MARKUP, REMAINS)]
-STRAY = re.compile(r"\[\[[^\[\]|\n]*\||\[\[|\]\]|\{\{|\}\}|\0")  # brackets that were never closed
-NO_ARTICLE = re.compile(  # a redirect in an old dump, or a page that tells homonyms apart
-    r"(?is)\s*#(?:redirect|重定向)|.*\{\{\s*(?:disambig|dab|hndis|geodis|消歧义|消歧義"
-    r"|[^{}|]*\bdisambiguation(?! needed))\s*[|}]"
-)
-ALONE = 200  # articles cleaned in this process before others are started, which takes a second
-QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
-
-
-def clean(wikitext: str) -> str:
-    """The prose of an article as plain text: paragraphs and headings, no markup."""
-    for table in TABLES:
-        before = None
-        while before != wikitext:
-            before = wikitext
-            for pattern, replacement in table:
-                wikitext = pattern.sub(replacement, wikitext)
-    return html.unescape(STRAY.sub("", wikitext)).replace("\xa0", " ").strip()
-
-
 def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]:
     """The cleaned articles of a dump: namespace 0, no redirects, no disambiguation pages."""
-    articles = _articles(file)
-    for title, wikitext in islice(articles, ALONE if workers != 1 else None):
-        yield title, clean(wikitext)
+    articles = wikitext.articles(file)
+    for title, markup in islice(articles, ALONE if workers != 1 else None):
+        yield title, wikitext.clean(markup)
     # "spawn", since a forked copy of a process with threads (torch, tokenizers) may hang. A queue,
     # since Executor.map would read the whole dump before the first result.
     context, queue = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-        for title, wikitext in articles:
-            queue.append((title, pool.submit(clean, wikitext)))
+        for title, markup in articles:
+            queue.append((title, pool.submit(wikitext.clean, markup)))
             if len(queue) == QUEUE:
                 title, text = queue.popleft()
                 yield title, text.result()
         for title, text in queue:
             yield title, text.result()
-
-
-def _articles(file: BinaryIO) -> Iterator[tuple[str, str]]:
-    events = ElementTree.iterparse(file, events=("start", "end"))
-    _, root = next(events)
-    for event, page in events:
-        if event == "end" and page.tag.endswith("}page"):
-            wikitext = page.findtext("{*}revision/{*}text") or ""
-            is_article = page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None
-            if is_article and not NO_ARTICLE.match(wikitext):
-                yield page.findtext("{*}title") or "", wikitext
-            root.clear()  # or the pages read so far would stay in memory
 
 
 # ---- small parts --------------------------------------------------------------------------------
@@ -557,6 +460,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from nanochat.runtime import run_as_script
-
     run_as_script(main)

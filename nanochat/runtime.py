@@ -144,13 +144,16 @@ def draw_losses(log: Path, picture: Path) -> None:
     plt.close(figure)
 
 
+def argument_text(argument: str) -> str:
+    """The text of a command-line argument, read as UTF-8 whatever the locale says (not for paths)."""
+    return os.fsencode(argument).decode("utf-8", "replace")
+
+
 def run_as_script(main: Callable[[], None]) -> None:
     """Run main(); what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
-    # UTF-8 in, out and in the arguments, whatever the terminal's locale says
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # UTF-8 whatever the terminal's locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.argv = [os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv]
     try:
         main()
     except (InputError, OSError) as error:

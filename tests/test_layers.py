@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "model": 0, "tokenizer": 0, "runtime": 0,
+    "model": 0, "tokenizer": 0, "wikitext": 0, "runtime": 0,
     "checkpoint": 1, "corpus": 1, "dialogue": 1,
     "generate": 2, "training": 2,
     "evaluate": 3,
