@@ -25,7 +25,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +34,7 @@ from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
 
 PREFIX = "transformer."
+WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module)\.")  # what torch.compile and DDP put into names
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks that old versions saved as weights
 
@@ -91,7 +91,7 @@ def load(source: str | Path) -> tuple[GPT, Tokenizer]:
     """
     path = locate(source)
     config, tensors, conv1d = read(path)
-    state = rename(tensors, conv1d)
+    state = rename(tensors, conv1d, path)
     tokenizer = Tokenizer.gpt2() if path.is_file() else read_tokenizer(path, config)
     rows, ids = config.vocab_size, tokenizer.vocab_size
     if rows < ids:
@@ -184,26 +184,32 @@ def read(path: Path) -> Source:
         raise InputError(f"{path}: no model.safetensors or pytorch_model.bin, nor an index of shards")
     shards = [found[0]]
     if found[0].suffix == ".json":
-        shards = [path / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
+        shards = [path / name for name in sorted(set(read_json(found[0]).get("weight_map", {}).values()))]
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(shard)
-    head, table = tensors.get("lm_head.weight"), tensors.get(PREFIX + "wte.weight", tensors.get("wte.weight"))
-    if head is not None and table is not None and not torch.equal(head, table):
-        raise InputError(f"{path}: lm_head.weight differs from wte.weight; an untied head is not implemented")
     return Source(config, tensors, conv1d=True)
 
 
 def name_here(there: str) -> str | None:
     """The name of a tensor in model.py; None for what is no parameter: the tied head, saved masks."""
-    name = there.removeprefix("_orig_mod.").removeprefix("module.").removeprefix(PREFIX)
+    name = WRAPPERS.sub("", there).removeprefix(PREFIX)
     return None if name == "lm_head.weight" or BUFFERS.fullmatch(name) else name
 
 
-def rename(tensors: dict[str, Tensor], conv1d: bool) -> dict[str, Tensor]:
+def rename(tensors: dict[str, Tensor], conv1d: bool, path: Path) -> dict[str, Tensor]:
     """Tensors by their names there → tensors by our names, in nn.Linear's layout."""
-    state = {here: w for there, w in tensors.items() if (here := name_here(there)) is not None}
-    return {name: w.t() if conv1d and name.endswith(TRANSPOSED) else w for name, w in state.items()}
+    state: dict[str, Tensor] = {}
+    for there, w in tensors.items():
+        name = name_here(there)
+        if name in state:
+            raise InputError(f"{path}: holds {name} twice, the second time as {there}")
+        if name is not None:
+            state[name] = w.t() if conv1d and name.endswith(TRANSPOSED) else w
+    for there, w in tensors.items():
+        if there.endswith("lm_head.weight") and "wte.weight" in state and not torch.equal(w, state["wte.weight"]):
+            raise InputError(f"{path}: {there} differs from wte.weight; an untied head is not implemented")
+    return state
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -227,7 +233,10 @@ def read_config(path: Path) -> GPTConfig:
     if wrong:
         raise InputError(f"{path}: not implemented here: {'; '.join(wrong)}")
     defaults = {"dropout": 0.1, "attention_dropout": 0.1}  # what an absent field means in Hugging Face
-    return GPTConfig(**defaults | values)
+    try:
+        return GPTConfig(**defaults | values)
+    except (InputError, TypeError) as error:  # TypeError: a size that is no number
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_nanogpt(path: Path) -> Source:
@@ -256,14 +265,17 @@ def read_tensors(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "nsupported" in line), "")
         raise InputError(f"{path}: refused: it is damaged or holds more than weights. {reason}".rstrip()) from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged bytes raise a dozen kinds, down to IndexError
+        raise InputError(f"{path}: damaged: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a dict, found a {type(content).__name__}")
+    return content
 
 
 def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
@@ -290,6 +302,9 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> dict | None:
     A folder that holds a run is never written over unasked: InputError names the two flags.
     """
     if resume:
+        if not out.is_dir():
+            raise InputError(f"--resume: there is no run folder {out}")
+        remove_litter(out)
         return read_tensors(locate(out, ("last",)) / "resume" / "state.pt")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
@@ -335,7 +350,8 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     if best:
         point(out / "best", final)
     kept = {locate(out, (name,)).resolve() for name in ("best", "last") if (out / name).exists()}
-    for old in sorted(out.glob("step-*"))[:-keep]:
+    steps = sorted((path for path in out.glob("step-*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    for old in steps[: max(0, len(steps) - keep)]:
         if old.resolve() not in kept:
             shutil.rmtree(old)
     remove_litter(out)
@@ -355,7 +371,7 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     )  # fmt: skip
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
     tensors = {
-        PREFIX + name: (w.t() if name.endswith(TRANSPOSED) else w).detach().float().cpu().contiguous()
+        PREFIX + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).detach().float().cpu().contiguous()
         for name, w in model.named_parameters()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -375,7 +391,10 @@ def point(pointer: Path, target: Path) -> None:
 
 
 def remove_litter(out: Path) -> None:
-    """Remove what an interrupted save left behind."""
+    """Remove what an interrupted save left behind; a step that it had only moved aside comes back."""
+    for aside in Path(out).glob(".tmp-old-*"):
+        if not (final := aside.with_name(aside.name.removeprefix(".tmp-old-"))).exists():
+            os.replace(aside, final)
     for litter in Path(out).glob(".tmp-*"):
         shutil.rmtree(litter) if litter.is_dir() and not litter.is_symlink() else litter.unlink()
 

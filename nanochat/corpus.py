@@ -61,13 +61,16 @@ def prepare(
 ) -> Path:
     """Turn `source` into token shards, the tokenizer's files and a manifest, all in `folder`.
 
-    source, val_source: what `documents` takes; with `val_source` nothing of `source` is held out
+    source, val_source: what `documents` takes; with `val_source` nothing of `source` is held out;
+    a `source` that was prepared earlier is returned as it is
     vocab_size: train a tokenizer of this size (default 16,384) on the training split, or
     tokenizer: use this one
     workers: processes that clean Wikipedia articles, default one a CPU core
     Returns the folder. Raises InputError for an unusable source or one too small for two splits.
     Call it from one process (rank 0) and under `if __name__ == "__main__"`: workers are spawned.
     """
+    if (Path(source) / "corpus.json").exists():
+        return Path(source)
     if tokenizer and vocab_size:
         raise InputError(f"give a tokenizer or --vocab-size {vocab_size}, not both")
     folder = Path(folder)

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[list[Conversation], list[str]]:
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f gbk -t utf-8"
         ) from None
-    records = _read_blocks(text) if path.suffix == ".txt" else _read_json(text)
+    records = _read_blocks(text) if path.suffix.lower() == ".txt" else _read_json(text)
     conversations, problems = [], []
     for line, record in records:
         try:
@@ -253,7 +253,7 @@ class DialogueRows:
         """Window every conversation; pack=False gives each window a row of its own."""
         cuts = Cuts()
         found = [w for c in conversations for w in windows(c, tokenizer, block_size, cuts)]
-        return cls(first_fit(found, block_size) if pack else [[w] for w in found], block_size, cuts)
+        return cls(best_fit(found, block_size) if pack else [[w] for w in found], block_size, cuts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -294,22 +294,20 @@ class DialogueRows:
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
 
-def first_fit(found: list[Window], block_size: int) -> list[list[Window]]:
-    """Pack windows into rows: longest first, each into the first row with room for it.
+def best_fit(found: list[Window], block_size: int) -> list[list[Window]]:
+    """Pack windows into rows: longest first, each into the fullest row with room for it.
 
-    (First-fit decreasing: at most 11/9 of the fewest rows possible, Johnson 1973.) Only the
-    newest 64 rows are tried, so that packing takes linear time.
+    (Best-fit decreasing: at most 11/9 of the fewest rows possible, Johnson 1973.)
     """
     rows: list[list[Window]] = []
-    space: list[int] = []
+    with_space: list[list[list[Window]]] = [[] for _ in range(block_size + 1)]  # [n]: rows with n places left
     for window in sorted(found, key=lambda w: -len(w.ids)):
         size = len(window.ids) - 1
-        for i in range(max(0, len(rows) - 64), len(rows)):
-            if size <= space[i]:
-                rows[i].append(window)
-                space[i] -= size
-                break
-        else:
-            rows.append([window])
-            space.append(block_size - size)
+        space = next((n for n in range(size, block_size) if with_space[n]), block_size)
+        if space == block_size:
+            rows.append([])
+            with_space[space].append(rows[-1])
+        row = with_space[space].pop()
+        row.append(window)
+        with_space[space - size].append(row)
     return rows

@@ -61,28 +61,24 @@ class Replies:
         )
 
 
-def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Conversation],
+def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Conversation], limit: int = 50,
                    max_new_tokens: int = 64, batch_size: int = 16) -> Replies:  # fmt: skip
-    """Ask the first user turn of each conversation; temperature 0, so that anybody gets the same.
+    """Ask the first user turns of the conversations, the first `limit` different ones.
 
-    batch_size bounds the memory: each row of a batch has a cache of block_size columns.
+    At temperature 0, so that anybody gets the same; batch_size bounds the memory of the cache.
     """
-    prompts = []
+    openings: dict[str, Conversation] = {}  # first user turn → it, after the system text if there is one
     for conversation in conversations:
         roles = [message["role"] for message in conversation]
-        if "user" in roles:  # the opening: system text, if any, and the first user turn
+        if "user" in roles:
             opening = conversation[: roles.index("user") + 1]
-            prompts.append([message for message in opening if message["role"] != "assistant"])
-    ids = [render_prompt(prompt, tokenizer)[-model.config.block_size :] for prompt in prompts]
+            openings.setdefault(opening[-1]["content"], [m for m in opening if m["role"] != "assistant"])
+    prompts = list(openings)[:limit]
+    ids = [render_prompt(openings[prompt], tokenizer)[-model.config.block_size :] for prompt in prompts]
     config = SampleConfig(max_new_tokens=max_new_tokens, temperature=0)
     new: list[list[int]] = []
     ended: list[bool] = []
     for start in range(0, len(ids), batch_size):
         rows, stopped = generate_ids(model, ids[start : start + batch_size], config, tokenizer.control.values())
         new, ended = new + rows, ended + stopped
-    return Replies(
-        [prompt[-1]["content"] for prompt in prompts],
-        [tokenizer.decode(row) for row in new],
-        [len(row) for row in new],
-        ended,
-    )
+    return Replies(prompts, [tokenizer.decode(row) for row in new], [len(row) for row in new], ended)

@@ -258,6 +258,8 @@ def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tok
     Whole turns are dropped, oldest first; the system text and the newest message always stay.
     Room for the reply: reply_tokens, but no more than a quarter of the block.
     """
+    if not messages[-1]["content"].strip():
+        raise InputError("the message is empty")
     limit = block_size - min(reply_tokens, block_size // 4)
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]

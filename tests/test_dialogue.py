@@ -252,9 +252,10 @@ def test_the_json_formats_read_alike(tmp_path, write, record, name, bom, newline
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_plain_text_is_turns_between_blank_lines(tmp_path, newline):
+@pytest.mark.parametrize("name", ["talk.txt", "TALK.TXT"])
+def test_plain_text_is_turns_between_blank_lines(tmp_path, name, newline):
     text = "\ufeffHi\nHello!\n\n \n\n你好\n 你好呀。🙂\nBye\n\n\nalone\n\nA\nB"
-    path = tmp_path / "talk.txt"
+    path = tmp_path / name
     path.write_text(text, encoding="utf-8", newline=newline)
     found, problems = dialogue.read(path)
     assert found == [conversation("Hi", "Hello!"), conversation("你好", "你好呀。🙂", "Bye"), conversation("A", "B")]
@@ -404,7 +405,9 @@ def test_each_reply_is_supervised_once_with_all_context_that_fits(byte_tokenizer
         assert len(w.ids) <= block_size + 1 and w.ids[:n] == head
         start = next(s for s in pairs if body[s : s + len(w.ids) - n] == w.ids[n:])  # whole turns, in order
         assert start <= end  # nothing is skipped
-        end = start + len(w.ids) - n
+        new, end = start + len(w.ids) - n - end, start + len(w.ids) - n
+        if w is not found[0]:  # half of it is context
+            assert new <= (block_size + 1 - n) // 2 or len(supervised_runs(w)) == 1
         if start > 0:  # one more pair of turns would not have fitted
             earlier = pairs[pairs.index(start) - 1]
             assert n + end - earlier > block_size + 1
@@ -426,19 +429,20 @@ def test_a_reply_longer_than_the_block_is_cut_without_an_invented_end(byte_token
     assert str(cuts).startswith("1 replies, 0 prompts, 0 system texts")
 
 
-def test_of_a_prompt_longer_than_the_block_the_newest_part_is_kept(byte_tokenizer):
-    long = words(100, byte_tokenizer)
-    messages = conversation("a", "b", long, "answer", system="S")
+@pytest.mark.parametrize("length", [6, 24])
+def test_of_a_prompt_longer_than_the_block_the_newest_part_is_kept(byte_tokenizer, length):
+    long, reply = words(100, byte_tokenizer), words(length, byte_tokenizer)
+    messages = conversation("a", "b", long, reply, system="S")
     cuts = Cuts()
     first, second = windows(messages, byte_tokenizer, 32, cuts)
     assert byte_tokenizer.decode(first.ids) == "<|endoftext|><|system|>S<|end|><|user|>a<|end|><|assistant|>b<|end|>"
     assert len(second.ids) == 33
     text = byte_tokenizer.decode(second.ids)
-    head, tail = "<|endoftext|><|system|>S<|end|><|user|>", "<|end|><|assistant|>answer<|end|>"
+    head, tail = "<|endoftext|><|system|>S<|end|><|user|>", f"<|end|><|assistant|>{reply}<|end|>"
     assert text.startswith(head) and text.endswith(tail)
     newest = text.removeprefix(head).removesuffix(tail)
-    assert long.endswith(newest) and len(newest) == 33 - 4 - 3 - len("answer") - 1  # all that the rest leaves
-    assert supervised_runs(second) == [[*byte_tokenizer.encode("answer"), byte_tokenizer.control["<|end|>"]]]
+    assert long.endswith(newest) and len(newest) == 33 - 4 - 3 - length - 1  # all that the rest leaves
+    assert supervised_runs(second) == replies(messages[3:], byte_tokenizer)
     assert cuts == Cuts(prompts=1)
 
 
@@ -520,6 +524,10 @@ def test_packing_wastes_little(byte_tokenizer):
     short = [conversation(words(i % 13, byte_tokenizer), words(i % 17, byte_tokenizer)) for i in range(400)]
     rows = DialogueRows.build(short, byte_tokenizer, 64)
     assert len(rows) * 64 < 1.1 * rows.input_tokens
+    pairs = [conversation(words(n, byte_tokenizer), "") for n in [36, 20] * 300]  # 40 and 24 inputs fill a row
+    assert len(DialogueRows.build(pairs, byte_tokenizer, 64)) == 300
+    exact = [conversation(words(i, byte_tokenizer), "") for i in (11, 3)]  # 15 and 7 inputs
+    assert [len(DialogueRows.build(exact, byte_tokenizer, block_size)) for block_size in (22, 21)] == [1, 2]
 
 
 @pytest.fixture

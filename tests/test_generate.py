@@ -1,0 +1,769 @@
+"""generate: choosing a token, decoding with a cache, streaming text, chatting; and sample.py over them."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanochat import InputError, checkpoint, generate
+from nanochat.dialogue import Cuts, DialogueRows, render, render_prompt, windows
+from nanochat.evaluate import Replies, greedy_replies, score
+from nanochat.generate import (
+    Chat,
+    SampleConfig,
+    fit,
+    generate_ids,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    left_padded,
+    next_token,
+    penalise_repetition,
+    stream_text,
+    texts,
+)
+from nanochat.model import GPT, GPTConfig
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+BLOCK = 24  # of make_model
+
+
+def greedy(tokens: int) -> SampleConfig:
+    return SampleConfig(max_new_tokens=tokens, temperature=0)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(100 * seed + length)
+    return torch.randint(97, (length,), generator=generator).tolist()
+
+
+def plain_greedy(model: GPT, prompt: list[int], tokens: int) -> list[int]:
+    """The definition: read all that fits, take the likeliest; when the block is full, keep its newest half."""
+    row, block_size = list(prompt), model.config.block_size
+    new = []
+    for _ in range(tokens):
+        if len(row) > block_size:
+            row = row[len(row) - max(1, block_size // 2) :]
+        new.append(model(torch.tensor([row]))[0, -1].argmax().item())
+        row.append(new[-1])
+    return new
+
+
+def said_by(model: GPT, prompts: list[list[int]], config: SampleConfig, **kwargs) -> list[list[int]]:
+    """The ids of each row, when nothing ends it."""
+    return [list(row) for row in zip(*generate.generate(model, prompts, config, **kwargs))]
+
+
+def rig(model: GPT, *likeliest: int) -> GPT:
+    """Make these ids, the first above the second, the likeliest whatever came before."""
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        for rank, token in enumerate(likeliest):
+            model.wte.weight[token] = 5.0 - rank
+    return model
+
+
+# the cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, BLOCK - 1])
+def test_cached_decoding_equals_full_forward(make_model, length, batch):
+    model = make_model()
+    prompts = [prompt_of(length, seed) for seed in range(batch)]
+    tokens = BLOCK + 1 - length  # to the last place of the block
+    cached = said_by(model, prompts, greedy(tokens))
+    assert cached == said_by(model, prompts, greedy(tokens), use_cache=False)
+    assert cached == [plain_greedy(model, prompt, tokens) for prompt in prompts]
+    assert length > 2 or len(set(cached[0])) > 2  # a model that repeats itself would prove little
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_chunk_appended_to_a_cache_equals_the_full_forward(make_model, padded):
+    model = make_model()
+    first = [prompt_of(7), prompt_of(4 if padded else 7, seed=1)]
+    chunk = [prompt_of(5, seed=2), prompt_of(5, seed=3)]
+    cache = model.new_cache(2)
+    tokens, segments = left_padded(first)
+    model.features(tokens, segments=segments, cache=cache)
+    parts = [model.features(torch.tensor(chunk), cache=cache)]
+    one_more = torch.tensor([[8], [9]])
+    parts.append(model.features(one_more, cache=cache))
+    for i in range(2):
+        whole = model.features(torch.tensor([first[i] + chunk[i] + one_more[i].tolist()]))
+        torch.testing.assert_close(torch.cat(parts, dim=1)[i], whole[0, -6:], rtol=1e-9, atol=1e-9)
+
+
+def test_a_cache_that_is_full_says_so(make_model):
+    model = make_model()
+    cache = model.new_cache(1)
+    model.features(torch.tensor([prompt_of(BLOCK)]), cache=cache)
+    with pytest.raises(ValueError, match=r"24 \+ 1 tokens exceed block_size 24"):
+        model.features(torch.tensor([[0]]), cache=cache)
+
+
+def test_a_call_is_not_affected_by_one_before_or_beside_it(make_model):
+    model = make_model()
+    config = SampleConfig(max_new_tokens=40, temperature=1)
+    first, second = [prompt_of(5)], [prompt_of(9), prompt_of(3)]
+    alone = said_by(model, first, config), said_by(model, second, config)
+    assert (said_by(model, first, config), said_by(model, second, config)) == alone
+    pairs = list(zip(generate.generate(model, first, config), generate.generate(model, second, config)))
+    beside = [[list(row) for row in zip(*steps)] for steps in zip(*pairs)]
+    assert tuple(beside) == alone
+
+
+# past the block
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("length", [1, 16, 17, 40])
+def test_past_the_block_cached_and_uncached_decoding_stay_equal(make_model, block_size, length):
+    model = make_model(block_size=block_size)
+    tokens = 3 * block_size + 5
+    cached = said_by(model, [prompt_of(length)], greedy(tokens))
+    assert cached == said_by(model, [prompt_of(length)], greedy(tokens), use_cache=False)
+    assert cached == [plain_greedy(model, prompt_of(length), tokens)]
+
+
+def test_a_full_block_keeps_its_newest_half_and_reads_it_from_position_zero(make_model, monkeypatch):
+    model = make_model(block_size=16)
+    read, features = [], model.features
+
+    def spy(tokens, **kwargs):
+        read.append((tokens[0].tolist(), kwargs["cache"].length))
+        return features(tokens, **kwargs)
+
+    monkeypatch.setattr(model, "features", spy)
+    prompt = prompt_of(12)
+    [new] = said_by(model, [prompt], greedy(30))
+    text = prompt + new
+    chunks = [(tokens, past) for tokens, past in read if len(tokens) > 1]
+    # 12 + 5 tokens are one too many: the newest 8 stay; 8 + 9 are again one too many, and so on
+    assert chunks == [(prompt, 0), (text[9:17], 0), (text[18:26], 0), (text[27:35], 0)]
+    assert all(len(tokens) == 1 for tokens, past in read if past)  # else one token a step
+
+
+# batches
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_different_length_in_a_batch_give_the_logits_of_each_alone(make_model, monkeypatch, use_cache):
+    model, seen = make_model(), []
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda x: seen.append(head(x)) or seen[-1])
+    prompts = [prompt_of(3), prompt_of(11), prompt_of(BLOCK), prompt_of(BLOCK + 9)]
+    together = said_by(model, prompts, greedy(2 * BLOCK), use_cache=use_cache)  # each row outgrows the block
+    logits, seen = torch.stack(seen, dim=1), []
+    for row, prompt in enumerate(prompts):
+        assert said_by(model, [prompt], greedy(2 * BLOCK)) == [together[row]]
+        torch.testing.assert_close(torch.cat(seen), logits[row], rtol=1e-9, atol=1e-9)
+        seen.clear()
+
+
+def test_a_row_that_has_ended_gives_none_and_disturbs_no_other(make_model):
+    model = make_model()
+    prompts = [prompt_of(5), prompt_of(8)]
+    whole = said_by(model, prompts, greedy(30))
+    stop = next(token for token in whole[0][1:] if token not in whole[1])
+    end = whole[0].index(stop) + 1
+    first, second = said_by(model, prompts, greedy(30), stop_ids=[stop])
+    assert first == whole[0][:end] + [None] * (30 - end) and second == whole[1]
+    new, ended = generate_ids(model, prompts, greedy(30), [stop])
+    assert (new, ended) == ([whole[0][: end - 1], whole[1]], [True, False])
+    alone = said_by(model, prompts[:1], greedy(30), stop_ids=[stop])
+    assert alone == [whole[0][:end]]  # the steps end with the last row
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
+def test_a_prompt_without_tokens_is_an_error(make_model, prompts):
+    with pytest.raises(InputError, match="nothing to continue"):
+        list(generate.generate(make_model(), prompts, greedy(1)))
+
+
+# what generation leaves as it was
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_leaves_the_mode_as_it_was_and_drops_nothing_out(make_model, training):
+    model = make_model(dropout=0.5, attention_dropout=0.5)
+    expected = said_by(model, [prompt_of(5)], greedy(10))
+    model.train(training)
+    assert said_by(model, [prompt_of(5)], greedy(10)) == expected
+    assert all(module.training == training for module in model.modules())
+    for leave in ("close", "throw", "forget"):
+        steps = generate.generate(model, [prompt_of(5)], greedy(10))
+        next(steps)
+        if leave == "close":
+            steps.close()
+        elif leave == "throw":
+            with pytest.raises(KeyboardInterrupt):
+                steps.throw(KeyboardInterrupt)
+        else:
+            del steps
+        assert all(module.training == training for module in model.modules()), leave
+
+
+def test_streaming_that_stops_early_leaves_the_mode_as_it_was(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size).train()
+    rig(model, *tokenizer.encode("a"))
+    pieces = generate.stream(model, tokenizer, [0], greedy(20))
+    assert next(pieces) == "a" and not model.training
+    del pieces
+    assert model.training
+    config = SampleConfig(max_new_tokens=20, temperature=0, stop=("aaa",))
+    assert list(generate.stream(model, tokenizer, [0], config)) == []
+    assert model.training
+
+
+def test_sampling_and_evaluation_draw_nothing_from_the_default_generator(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64, dropout=0.2).train()
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    rows = DialogueRows.build([talk], tokenizer, 64)
+    before = torch.get_rng_state()
+    said_by(model, [prompt_of(4)], SampleConfig(max_new_tokens=30, temperature=1))
+    first = score(model, tokenizer, rows.batches(1))
+    greedy_replies(model, tokenizer, [talk], max_new_tokens=5)
+    list(Chat(model, tokenizer, SampleConfig(max_new_tokens=5)).ask("Hi"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and score(model, tokenizer, rows.batches(1)) == first
+
+
+# choosing the next token
+
+HAND_MADE = torch.tensor([[0.09, 0.5, 0.41]]).log()
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    [row] = logits.tolist()
+    return [i for i, value in enumerate(row) if value > -torch.inf]
+
+
+@pytest.mark.parametrize(
+    "p, expected", [(0.0, [1]), (0.3, [1]), (0.51, [1, 2]), (0.9, [1, 2]), (0.92, [0, 1, 2]), (1.0, [0, 1, 2])]
+)
+def test_top_p_keeps_the_token_that_crosses_the_threshold(p, expected):
+    filtered = keep_top_p(HAND_MADE, p)
+    assert kept(filtered) == expected
+    assert torch.equal(filtered[:, expected], HAND_MADE[:, expected])  # what is kept is unchanged
+
+
+@pytest.mark.parametrize("k, expected", [(1, [1]), (2, [1, 2]), (3, [0, 1, 2]), (50, [0, 1, 2])])
+def test_top_k_may_exceed_the_vocabulary(k, expected):
+    assert kept(keep_top_k(HAND_MADE, k)) == expected
+
+
+@pytest.mark.parametrize("share, expected", [(0.1, [0, 1, 2]), (0.2, [1, 2]), (0.8, [1, 2]), (0.83, [1]), (1.0, [1])])
+def test_min_p_is_a_share_of_the_likeliest(share, expected):
+    assert kept(keep_min_p(HAND_MADE, share)) == expected
+
+
+def test_a_repeated_token_becomes_less_likely_whatever_its_sign():
+    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
+    penalised = penalise_repetition(logits, [[0, 1, 1], [2]], 2.0)
+    assert penalised.tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 0.5]]
+    assert logits.tolist() == [[2.0, -2.0, 1.0]] * 2
+
+
+def test_greedy_decoding_does_not_repeat_itself_under_a_heavy_penalty(make_model):
+    model = rig(make_model(), 5, 6, 7)
+    assert said_by(model, [[1]], greedy(3)) == [[5, 5, 5]]
+    config = SampleConfig(max_new_tokens=3, temperature=0, repetition_penalty=2)
+    assert said_by(model, [[1]], config) == [[5, 6, 7]]
+    assert said_by(model, [[5]], config)[0][0] == 6  # the prompt counts as text
+    assert said_by(model, [[1], [2, 5]], config) == [[5, 6, 7], [6, 7, 5]]  # each row its own
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_filters_are_those_of_hugging_face(seed):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 50, generator=generator) * (0.1 + seed)
+    context = torch.randint(50, (4, 12), generator=generator)
+
+    def same(theirs, ours: torch.Tensor) -> None:
+        torch.testing.assert_close(ours, theirs(context, logits.clone()), rtol=1e-6, atol=0)
+
+    for temperature in (0.3, 1.7):
+        same(process.TemperatureLogitsWarper(temperature), logits / temperature)
+    for k in (1, 7, 50, 99):
+        same(process.TopKLogitsWarper(k), keep_top_k(logits, k))
+    for p in (0.0, 0.1, 0.5, 0.9, 0.999):
+        same(process.TopPLogitsWarper(p), keep_top_p(logits, p))
+    for share in (0.01, 0.2, 1.0):
+        same(process.MinPLogitsWarper(share), keep_min_p(logits, share))
+    for penalty in (0.7, 1.3):
+        same(
+            process.RepetitionPenaltyLogitsProcessor(penalty),
+            penalise_repetition(logits, context.tolist(), penalty),
+        )
+
+
+def assert_drawn_from(probabilities: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Each id comes as often as its probability says, within 5 standard deviations."""
+    n = drawn.numel()
+    counts = drawn.bincount(minlength=probabilities.numel()).double()
+    expected = n * probabilities.double()
+    assert not counts[probabilities == 0].any()
+    assert ((counts - expected).abs() <= 5 * (expected * (1 - expected / n)).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(temperature=1.0, top_p=1.0),
+        dict(temperature=0.5, top_p=1.0),
+        dict(temperature=1.5, top_p=0.7),
+        dict(temperature=1.0, top_p=1.0, top_k=3),
+        dict(temperature=1.0, top_p=1.0, min_p=0.3),
+        dict(temperature=1.3, top_p=0.8, top_k=6, min_p=0.1, repetition_penalty=1.4),
+    ],
+    ids=str,
+)
+def test_20_000_draws_have_the_distribution_of_hugging_faces_filters(flags):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    config = SampleConfig(**flags)
+    logits, context = torch.randn(1, 12), [[0, 3, 3, 7]]
+    filters = [
+        process.RepetitionPenaltyLogitsProcessor(config.repetition_penalty),
+        process.TemperatureLogitsWarper(config.temperature),
+        process.TopKLogitsWarper(config.top_k or 12),
+        process.TopPLogitsWarper(config.top_p),
+        process.MinPLogitsWarper(config.min_p),
+    ]
+    theirs = logits
+    for filter in filters:
+        theirs = filter(torch.tensor(context), theirs)
+    n = 20_000
+    drawn = next_token(logits.expand(n, -1), config, context * n, torch.Generator().manual_seed(1))
+    assert_drawn_from(theirs.softmax(dim=-1)[0], drawn)
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_other_settings():
+    logits = torch.randn(200, 30)
+    for flags in ({}, {"top_k": 3}, {"top_p": 0.0}, {"min_p": 1.0}, {"seed": 5}):
+        config = SampleConfig(temperature=0, **flags)
+        chosen = next_token(logits, config, [[]] * 200, torch.Generator().manual_seed(config.seed))
+        assert torch.equal(chosen, logits.argmax(dim=-1))
+    cold = next_token(logits, SampleConfig(temperature=1e-9), [[]] * 200, torch.Generator().manual_seed(0))
+    assert torch.equal(cold, logits.argmax(dim=-1))  # and a tiny one, without an overflow
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_sampled_in_full_precision(make_model, dtype):
+    model = make_model(dtype=dtype)
+    config = SampleConfig(max_new_tokens=30, temperature=1, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    for row in said_by(model, [prompt_of(3), prompt_of(20)], config):
+        assert len(row) == 30 and all(0 <= token < 97 for token in row)
+    logits = torch.randn(100, 2000).to(dtype)
+    chosen = [next_token(x, config, [[0]] * 100, torch.Generator().manual_seed(0)) for x in (logits, logits.float())]
+    assert torch.equal(*chosen)
+
+
+def test_equal_seeds_give_equal_texts_and_samples_are_independent(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, noise=0.02)
+    config = SampleConfig(max_new_tokens=40, temperature=1, top_p=1, seed=3)
+    four = texts(model, tokenizer, [[5, 6]] * 4, config)
+    assert len(set(four)) == 4
+    assert texts(model, tokenizer, [[5, 6]] * 4, config) == four
+    torch.manual_seed(99)  # the seed of the settings decides, not the default generator's
+    assert texts(model, tokenizer, [[5, 6]] * 4, config) == four
+    assert not set(texts(model, tokenizer, [[5, 6]] * 4, SampleConfig(**vars(config) | {"seed": 4}))) & set(four)
+
+
+def test_settings_out_of_bounds_are_named_together():
+    nan = float("nan")
+    with pytest.raises(InputError) as error:
+        SampleConfig(
+            max_new_tokens=0, temperature=-0.1, top_k=-1, top_p=1.01, min_p=nan, repetition_penalty=0, stop=("a", "")
+        )
+    assert str(error.value) == (
+        "--max-new-tokens is 0, must be at least 1; --temperature is -0.1, must be at least 0; "
+        "--top-k is -1, must be at least 0; --top-p is 1.01, must be from 0 to 1; "
+        "--min-p is nan, must be from 0 to 1; --repetition-penalty is 0, must be above 0; --stop has an empty string"
+    )
+
+
+# ids that the tokenizer does not know
+
+
+def test_rows_without_an_id_are_never_sampled(tokenizer, make_model, tmp_path, capsys):
+    ids = tokenizer.vocab_size
+    model = rig(make_model(vocab_size=ids + 7, dtype=torch.float32), *range(ids, ids + 7))
+    assert said_by(model, [[1]], greedy(1))[0][0] >= ids  # the surplus rows win
+    checkpoint.write_hugging_face(tmp_path, model, tokenizer)
+    loaded, _ = checkpoint.load(tmp_path)
+    assert "7 token rows have no id" in capsys.readouterr().err
+    for config in (greedy(40), SampleConfig(max_new_tokens=40, temperature=5, top_p=1)):
+        assert max(max(row) for row in said_by(loaded, [[1], [2, 3]], config)) < ids
+
+
+def test_fewer_rows_than_ids_stop_at_the_start(tokenizer, make_model, tmp_path):
+    checkpoint.write_hugging_face(tmp_path, make_model(vocab_size=tokenizer.vocab_size - 1), tokenizer)
+    with pytest.raises(InputError, match="token rows, its tokenizer"):
+        checkpoint.load(tmp_path)
+
+
+# streaming text
+
+
+class Pieces:
+    """A tokenizer whose token i is the i-th piece of some bytes, cut anywhere."""
+
+    def __init__(self, data: bytes, cuts: list[int]):
+        edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+        self.pieces = [data[a:b] for a, b in zip(edges, edges[1:])]
+        self.ids = range(len(self.pieces))
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+
+MIXED = st.text(
+    alphabet=st.sampled_from("ab \n你好世界é🙂👩\u200d🇨🇳\U0010ffff\x00") | st.characters(codec="utf-8"), max_size=20
+)
+CUTS = st.lists(st.integers(0, 10**6), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=MIXED.map(str.encode) | st.binary(max_size=20), cuts=CUTS)
+def test_streamed_pieces_are_the_full_decode_however_its_bytes_are_cut(data, cuts):
+    tokens = Pieces(data, cuts)
+    pieces = list(stream_text(tokens, tokens.ids))
+    assert "".join(pieces) == data.decode("utf-8", "replace")
+    assert all(pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_streamed_pieces_are_the_full_decode_of_any_ids(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30) | MIXED.map(tokenizer.encode))
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_every_cut_of_a_text_streams_without_broken_characters():
+    data = "a你🙂é".encode()
+    for mask in range(2 ** (len(data) - 1)):
+        tokens = Pieces(data, [i + 1 for i in range(len(data) - 1) if mask >> i & 1])
+        pieces = list(stream_text(tokens, tokens.ids))
+        assert "".join(pieces) == "a你🙂é" and "\ufffd" not in "".join(pieces)
+
+
+def test_text_comes_as_early_as_it_is_certain():
+    data = "ab你c<|x".encode()
+    tokens = Pieces(data, list(range(1, len(data))))
+    read, given_out = 0, []
+
+    def ids():
+        nonlocal read
+        for i in tokens.ids:
+            read += 1
+            yield i
+
+    for piece in stream_text(tokens, ids(), ["<|end|>"]):
+        given_out.append((read, piece))
+    assert given_out == [(1, "a"), (2, "b"), (5, "你"), (6, "c"), (9, "<|x")]
+
+
+SHORT_TEXT = st.text(alphabet="ab你🙂", min_size=1, max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.text(alphabet="ab你🙂", max_size=14), stop=st.lists(SHORT_TEXT, max_size=3), cuts=CUTS)
+@example(text="abba你", stop=["abba你🙂", "bb"], cuts=[4])
+@example(text="aab", stop=["ab"], cuts=[1, 2])
+@example(text="abb你", stop=["abb你", "bb"], cuts=[3])
+def test_text_ends_where_the_first_stop_string_begins_however_it_is_cut(text, stop, cuts):
+    tokens = Pieces(text.encode(), cuts)
+    expected = text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+    assert "".join(stream_text(tokens, tokens.ids, stop)) == expected
+
+
+def test_generation_stops_at_a_stop_string_across_tokens(tokenizer, make_model):
+    model = rig(make_model(vocab_size=tokenizer.vocab_size), *tokenizer.encode("a"))
+    config = SampleConfig(max_new_tokens=12, temperature=0, stop=("aaaaa",))
+    assert "".join(generate.stream(model, tokenizer, [0], config)) == ""
+    assert texts(model, tokenizer, [[0], [1, 2]], config) == ["", ""]
+    config = SampleConfig(max_new_tokens=4, temperature=0, stop=("aaaaa",))  # its beginning only: nothing is lost
+    assert "".join(generate.stream(model, tokenizer, [0], config)) == "aaaa"
+
+
+@pytest.mark.parametrize("name", ["<|end|>", "<|endoftext|>", "<|user|>"])
+def test_any_control_token_ends_the_text_and_is_not_printed(tokenizer, make_model, name):
+    model = rig(make_model(vocab_size=tokenizer.vocab_size), tokenizer.control[name])
+    assert list(generate.stream(model, tokenizer, [0], greedy(5))) == []
+    assert texts(model, tokenizer, [[0]], greedy(5)) == [""]
+
+
+# evaluation
+
+
+def test_the_score_is_the_mean_over_all_targets_however_they_are_batched(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    talks = [
+        [{"role": "user", "content": "你" * i}, {"role": "assistant", "content": "A boat. 🙂" * (i % 3)}]
+        for i in range(1, 8)
+    ]
+    rows = DialogueRows.build(talks, tokenizer, 64)
+    result = score(model, tokenizer, rows.batches(2))
+    nats = tokens = text_bytes = 0
+    for talk in talks:
+        for window in windows(talk, tokenizer, 64, Cuts()):
+            log_p = model(torch.tensor([window.ids[:-1]])).log_softmax(dim=-1)[0]
+            learned = [i for i, s in enumerate(window.supervised) if s]
+            nats -= sum(log_p[i - 1, window.ids[i]].item() for i in learned)
+            tokens += len(learned)
+        text_bytes += len(talk[1]["content"].encode())
+    assert result["loss"] == pytest.approx(nats / tokens, rel=1e-9)
+    assert result["perplexity"] == pytest.approx(2.718281828459045 ** (nats / tokens), rel=1e-9)
+    assert result["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / text_bytes, rel=1e-9)
+    for batch_size in (1, 5):
+        assert score(model, tokenizer, rows.batches(batch_size)) == pytest.approx(result, rel=1e-9)
+    assert not model.training  # as it was
+
+
+def test_greedy_replies_ask_the_first_different_user_turns(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    first, second, third, longer = (
+        {"role": "user", "content": text} for text in ("Hi", "How are you?", "你好🙂", "How many boats?" * 30)
+    )
+    reply, system = {"role": "assistant", "content": "Fine."}, {"role": "system", "content": "Be kind."}
+    talks = [
+        [first, reply, longer],
+        [system, second, reply],
+        [reply, third, reply],
+        [reply],
+        [system, reply],
+        [first, reply],
+        [system, reply, longer, reply, first],
+    ]
+    replies = greedy_replies(model, tokenizer, talks, max_new_tokens=6)
+    prompts = [[first], [system, second], [third], [system, longer]]
+    assert replies.prompts == [prompt[-1]["content"] for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        ids = render_prompt(prompt, tokenizer)[-64:]
+        [new], [ended] = generate_ids(model, [ids], greedy(6), tokenizer.control.values())
+        assert (replies.replies[i], replies.lengths[i], replies.ended[i]) == (tokenizer.decode(new), len(new), ended)
+    assert greedy_replies(model, tokenizer, talks, max_new_tokens=6, batch_size=1) == replies
+    assert greedy_replies(model, tokenizer, talks, limit=2, max_new_tokens=6).replies == replies.replies[:2]
+    assert str(greedy_replies(model, tokenizer, talks[3:5])) == "no replies: no conversation has a user turn"
+
+
+def test_a_summary_of_replies_counts_ends_and_repetitions():
+    replies = Replies(["a", "b", "c", "d"], ["Yes.", "", "Yes.", "No"], [2, 0, 2, 64], [True, True, True, False])
+    assert str(replies) == "4 replies: 75% end by themselves, median length 2 tokens, 3 distinct, 1 empty"
+
+
+# chat
+
+
+def test_a_chat_of_60_turns_drops_whole_oldest_turns_and_keeps_the_system_text(tokenizer, make_model, monkeypatch):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    prompts, seeds, stream = [], [], generate.stream
+
+    def spy(model, tokenizer, prompt, config):
+        prompts.append(prompt)
+        seeds.append(config.seed)
+        return stream(model, tokenizer, prompt, config)
+
+    monkeypatch.setattr(generate, "stream", spy)
+    chat = Chat(model, tokenizer, SampleConfig(max_new_tokens=12), system="Be kind.")
+    drops = []
+    for turn in range(60):
+        said = f"{turn}: " + "船🙂a" * (turn % 4)
+        before = list(chat.messages)
+        reply = "".join(chat.ask(said))
+        asked = [*before, {"role": "user", "content": said}]
+        assert chat.messages == [*asked, {"role": "assistant", "content": reply}]
+        assert prompts[-1] == render_prompt(asked[:1] + asked[1 + chat.dropped :], tokenizer)
+        assert chat.dropped % 2 == 0 and len(prompts[-1]) <= 64 - 12
+        if chat.dropped:  # one turn more would not have fitted
+            longer = render_prompt(asked[:1] + asked[chat.dropped - 1 :], tokenizer)
+            assert len(longer) > 64 - 12
+        drops.append(chat.dropped)
+    assert drops[0] == 0 and drops[-1] > 100
+    assert len(set(seeds)) == 60  # a question asked again may get another answer
+
+
+def test_a_message_that_does_not_fit_leaves_the_chat_as_it_was(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    chat = Chat(model, tokenizer, SampleConfig(max_new_tokens=100))
+    list(chat.ask("Hi"))
+    before = list(chat.messages)
+    with pytest.raises(InputError, match=r"the message has 1,0\d\d tokens with its template; at most 48 fit"):
+        list(chat.ask("QZ" * 500))
+    assert chat.messages == before
+    list(islice(chat.ask("Interrupted"), 1))  # a reply that was not read to its end is not remembered
+    assert chat.messages == before
+    list(chat.ask("Still there?"))
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_the_prompt_that_fits_exactly_loses_nothing(tokenizer):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "b"},
+    ]
+    needed = len(render_prompt(messages, tokenizer))
+    room = needed // 4  # what a reply may take of a block of needed + room
+    assert fit(messages, tokenizer, needed + room, room) == (render_prompt(messages, tokenizer), 0)
+    assert fit(messages, tokenizer, needed + room - 1, room)[1] == 2
+    assert render(messages, tokenizer)[0] == fit(messages, tokenizer, 1024, 1)[0][:-1]
+
+
+# sample.py
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    """A folder with three tiny run folders: chat answers "a" for ever, base and random are what they are."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(1)
+    config = GPTConfig(tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config).eval()
+    base = Tokenizer(tokenizer.merges, list(tokenizer.control))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    checkpoint.save(folder / "random", 1, model, tokenizer, settings={}, results={}, best=True)
+    checkpoint.save(folder / "base", 1, model, base, settings={}, results={}, best=True)
+    rig(model, *tokenizer.encode("a"))
+    checkpoint.save(folder / "chat", 1, model, tokenizer, settings={}, results={}, best=True)
+    return folder
+
+
+@pytest.fixture
+def sample(saved, monkeypatch, capsys):
+    """sample(flags …) → (exit code, stdout, stderr) of sample.py, run in this process."""
+
+    def run(*flags):
+        monkeypatch.chdir(saved)
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_60_turns_through_the_real_chat_loop(saved):
+    lines = [f"{turn}: 你好🙂" + " Hello" * (turn % 3) for turn in range(60)]
+    lines.insert(30, "QZ" * 200)  # does not fit
+    flags = ["--checkpoint", "chat", "--system", "Be kind.", "--max-new-tokens", "12", "--temperature", "0"]
+    chat = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *flags], input="\n".join(lines) + "\n", capture_output=True,
+        encoding="utf-8", cwd=saved, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout == ("a" * 12 + "\n") * 60
+    errors = [line for line in chat.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert re.fullmatch(r"error: the message has 4\d\d tokens with its template; at most 52 fit", errors[0])
+    left_out = [int(n) for n in re.findall(r"\(the oldest (\d+) messages no longer fit", chat.stderr)]
+    assert left_out == sorted(left_out) and left_out[-1] > 100
+    assert len(chat.stderr.splitlines()) == 1 + len(left_out)
+
+
+def test_raw_greedy_text_is_that_of_hugging_faces_generate(saved, sample, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder = saved / "random" / "best"
+    theirs, their_tokenizer = (
+        kind.from_pretrained(folder) for kind in (transformers.GPT2LMHeadModel, transformers.AutoTokenizer)
+    )
+    capsys.readouterr()  # their progress bar
+    for prompt in ("The miller's daughter", "小河流过", "a"):
+        inputs = their_tokenizer(prompt, return_tensors="pt")
+        ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=30)[0]
+        # ours ends at a role's token too
+        control = [i for i, token in enumerate(ids.tolist()) if token in their_tokenizer.all_special_ids]
+        expected = their_tokenizer.decode(ids[: min(control, default=len(ids))])
+        flags = ["--raw", "--temperature", 0, "--max-new-tokens", 30, "--prompt", prompt]
+        code, out, err = sample("--checkpoint", "random", *flags)
+        assert (code, out, err) == (0, expected + "\n", "")
+        assert len(set(ids.tolist())) > 8  # it said something
+
+
+def test_a_chat_checkpoint_answers_and_a_base_one_continues(sample):
+    flags = ["--temperature", 0, "--max-new-tokens", 3, "--prompt", "Hi"]
+    assert sample("--checkpoint", "chat", *flags) == (0, "aaa\n", "")
+    assert sample("--checkpoint", "chat", "--raw", *flags) == (0, "Hiaaa\n", "")
+    assert sample("--checkpoint", "chat", "--num-samples", 2, *flags)[1] == "--- 1\naaa\n--- 2\naaa\n"
+    code, out, _ = sample("--checkpoint", "base", *flags)
+    assert code == 0 and out.startswith("Hi")
+
+
+def test_a_raw_prompt_longer_than_the_block_is_cut_with_a_line(sample):
+    prompt = "QZ" * 50
+    code, out, err = sample(
+        "--checkpoint", "chat", "--raw", "--temperature", 0, "--max-new-tokens", 2, "--prompt", prompt
+    )
+    assert code == 0 and out == prompt + "aa\n"
+    assert err == "--prompt has 100 tokens; only its last 32 are read\n"
+
+
+def test_an_empty_raw_prompt_begins_a_text(sample):
+    flags = ["--temperature", 0, "--max-new-tokens", 3, "--prompt", ""]
+    assert sample("--checkpoint", "chat", "--raw", *flags) == (0, "aaa\n", "")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--checkpoint", "no/such/folder", "--prompt", "a"], "no/such/folder: no such checkpoint folder"),
+        (["--checkpoint", ".", "--prompt", "a"], "no config.json"),
+        (["--checkpoint", "base"], "--prompt is missing"),
+        (["--checkpoint", "chat", "--prompt", ""], "the message is empty"),
+        (
+            ["--checkpoint", "chat", "--prompt", "QZ" * 50],
+            "the message has 1.. tokens with its template; at most 48 fit",
+        ),
+        (["--checkpoint", "chat", "--prompt", "a", "--num-samples", "0"], "--num-samples is 0, must be at least 1"),
+        (["--checkpoint", "chat", "--prompt", "a", "--dtype", "int8"], "--dtype is 'int8', must be one of"),
+        (["--checkpoint", "chat", "--prompt", "a", "--device", "warp"], "--device warp: .*; try auto or cpu"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value[:24],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(sample, flags, message):
+    code, out, err = sample(*flags)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", err), err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--temperature", "-1"], "--temperature is -1.0, must be at least 0"),
+        (["--temprature", "1"], "--temperature"),  # the suggestion
+        (["--top-k", "many"], "many"),
+    ],
+    ids=["negative", "misspelt", "no number"],
+)
+def test_a_wrong_flag_is_explained_with_exit_code_2(sample, flags, message):
+    code, out, err = sample("--checkpoint", "chat", "--prompt", "a", *flags)
+    assert (code, out) == (2, "")
+    assert message in re.sub(r"[│\s]+", " ", err) and "Traceback" not in err
+
+
+def test_a_checkpoint_with_another_template_is_refused(saved, sample):
+    about = saved / "random" / "best" / "nanochat.json"
+    content = json.loads(about.read_text(encoding="utf-8"))
+    other = saved / "other"
+    checkpoint.save(other, 1, *checkpoint.load(saved / "random"), settings={}, results={})
+    (other / "last" / "nanochat.json").write_text(json.dumps(content | {"template": "nanochat-0"}), encoding="utf-8")
+    code, _, err = sample("--checkpoint", "other", "--prompt", "a")
+    assert code == 2 and "made with chat template 'nanochat-0'" in err

@@ -1,0 +1,76 @@
+"""On a machine with a CUDA device: pytest -m gpu. The same network, loop and scripts, in half precision."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import runtime
+from nanochat.generate import SampleConfig, generate_ids
+from nanochat.model import GPT, GPTConfig
+from nanochat.training import TrainConfig, build_optimizer
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parent.parent
+CUDA = torch.device("cuda")
+
+
+def test_logits_equal_the_cpus(make_model):
+    gpt = make_model()
+    tokens = torch.randint(97, (2, 20))
+    expected = gpt(tokens)
+    torch.testing.assert_close(gpt.to(CUDA)(tokens.to(CUDA)).cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_cached_decoding_equals_the_cpus(make_model):
+    gpt = make_model()
+    prompts, config = [[1, 2, 3], [4, 5, 6, 7, 8]], SampleConfig(temperature=0, max_new_tokens=60)
+    expected = generate_ids(gpt, prompts, config)
+    assert generate_ids(gpt.to(CUDA), prompts, config) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_precision_learns_a_pattern(dtype, optimizer):
+    gpt = GPT(GPTConfig(vocab_size=64, block_size=64, n_layer=2, n_head=2, n_embd=64)).to(CUDA)
+    built = build_optimizer(gpt, TrainConfig(optimizer=optimizer, learning_rate=3e-3))
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    inputs = torch.arange(64, device=CUDA).expand(4, -1)
+    targets = (inputs + 1) % 64
+    losses = []
+    for _ in range(60):
+        with runtime.autocast(CUDA, dtype):
+            loss = gpt(inputs, targets) / targets.numel()
+        scaler.scale(loss).backward()
+        scaler.unscale_(built)
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        scaler.step(built)
+        scaler.update()
+        built.zero_grad()
+        losses.append(loss.item())
+    assert math.isclose(losses[0], math.log(64), rel_tol=0.1) and losses[-1] < 0.5
+    assert all(p.dtype == torch.float32 for p in gpt.parameters())
+
+
+def test_the_probe_chooses_a_half_precision():
+    expected = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    assert runtime.pick_dtype("auto", CUDA) == expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_the_three_scripts_run(dtype, tmp_path):
+    samples = ROOT / "data" / "samples"
+    tiny = ["--n-layer", "2", "--n-head", "2", "--n-embd", "64", "--vocab-size", "384", "--block-size", "128"]
+    for command in (
+        ["train.py", "--data", samples / "garden.txt", *tiny, "--max-steps", "20", "--dtype", dtype],
+        ["finetune.py", "--data", samples / "dialogues.jsonl", "--val-data", samples / "dialogues.jsonl",
+         "--max-steps", "20", "--dtype", dtype],
+        ["sample.py", "--prompt", "Good evening!", "--max-new-tokens", "8"],
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=tmp_path,
+                              capture_output=True, encoding="utf-8")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert command[0] == "sample.py" or "on cuda" in done.stderr
