@@ -38,6 +38,8 @@ class Settings:
     """longest row, in tokens ; None: the model's"""
     dropout: float | None = None
     """of embeddings and residual branches ; None: as in the model's file"""
+    show_batch: bool = False
+    """print the first rows with what is learned marked, and stop"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
         default_factory=lambda: TrainConfig(batch_size=8, learning_rate=1e-3, warmup_steps=20)
     )
@@ -74,6 +76,13 @@ def main() -> None:
     share = train_rows.supervised_tokens / train_rows.input_tokens
     print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
           f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)  # fmt: skip
+    if not train_rows.supervised_tokens:
+        raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
+    if settings.show_batch:
+        marks = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+        for index in training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed):
+            print(train_rows.show(index, tokenizer, marks))
+        return
 
     def score(rows: DialogueRows, dtype=dtype) -> dict[str, float]:
         return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype)

@@ -35,7 +35,7 @@ class Settings:
     """go on from the last checkpoint in --out"""
     overwrite: bool = False
     """delete what is in --out first"""
-    vocab_size: int = 16384
+    vocab_size: int = 8192
     """ids of the tokenizer trained on the text (chat tokens included), from scratch only"""
     block_size: int = 256
     """longest text that the model sees at once, in tokens"""
@@ -46,7 +46,7 @@ class Settings:
     """of embeddings and residual branches ; None: 0 from scratch, else as in the file"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
         default_factory=lambda: TrainConfig(
-            batch_size=4, optimizer="muon", learning_rate=6e-3, warmup_steps=20
+            batch_size=4, optimizer="muon", learning_rate=4e-3, warmup_steps=50
         )
     )
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -287,6 +287,16 @@ class DialogueRows:
                 segments[b, start:end] = number
                 start = end
         return Batch(inputs, targets, segments)
+
+    def show(self, index: int, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
+        """The text of a row, with what is supervised between `marks`: look before you train."""
+        shown = []
+        for window in self.rows[index]:
+            for supervised, run in groupby(zip(window.ids, window.supervised), key=lambda pair: pair[1]):
+                text = tokenizer.decode(token for token, _ in run)
+                shown.append(marks[0] + text + marks[1] if supervised else text)
+            shown.append("\n")
+        return "".join(shown)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, in order: for evaluation."""

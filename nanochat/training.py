@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
@@ -47,12 +47,10 @@ class TrainConfig:
     """muon: Muon for the matrices of the blocks, AdamW for the rest"""
     learning_rate: float = 6e-4
     """peak rate; warm-up rises to it linearly, and it falls linearly to zero at the last step"""
-    embedding_learning_rate: float | None = None
-    """peak rate of the token and position tables, if not the same"""
     warmup_steps: int = 20
     """steps of rising rate"""
     weight_decay: float = 0.1
-    """decoupled decay of matrices, never of biases and layer norms"""
+    """decoupled decay of the matrices, never of tables, biases and layer norms"""
     clip: float = 1.0
     """largest norm of the gradient of a step; above it, it is scaled down to it"""
     eval_every: int | None = None
@@ -298,28 +296,22 @@ def _permutation(examples: int, seed: int, epoch: int) -> torch.Tensor:
 def build_optimizer(model: GPT, config: TrainConfig) -> "torch.optim.Optimizer | MuonAndAdamW":
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for tables and vectors.
 
-    Muon's update is scaled to AdamW's root mean square (0.2), so that one rate serves both.
+    Only matrices decay: a row of a table is seen when its token comes up, and decay in between
+    would shrink the rare ones. Muon's update is scaled to AdamW's root mean square (0.2), so that
+    one rate serves both.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tables = [p for name, p in named if name in ("wte.weight", "wpe.weight")]
-    matrices = [p for name, p in named if p.dim() == 2 and name.startswith("h.")]
-    vectors = [p for name, p in named if p.dim() < 2]
-    decay, rate = config.weight_decay, config.learning_rate
-    table_rate = config.embedding_learning_rate or rate
-    table_group = {"params": tables, "peak_lr": table_rate, "weight_decay": decay}
-    vector_group = {"params": vectors, "peak_lr": rate, "weight_decay": 0.0}
-    matrix_group = {"params": matrices, "peak_lr": rate, "weight_decay": decay}
-
-    def adamw(groups):
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    in_matrices = [name for name, p in learning.items() if name.startswith("h.") and p.dim() == 2]
+    peak = {"peak_lr": config.learning_rate}
+    matrices = peak | {"params": [learning.pop(name) for name in in_matrices], "weight_decay": config.weight_decay}
+    others = peak | {"params": list(learning.values()), "weight_decay": 0.0}
+    adamw = partial(torch.optim.AdamW, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     if config.optimizer == "adamw":
-        return adamw([table_group, matrix_group, vector_group])
+        return adamw([matrices, others])
     if not hasattr(torch.optim, "Muon"):
         raise InputError(f"--optimizer muon needs torch 2.9 or later, this is {torch.__version__}; use adamw")
-    muon = torch.optim.Muon([matrix_group], lr=rate, adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW([muon, adamw([table_group, vector_group])])
+    muon = torch.optim.Muon([matrices], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW([muon, adamw([others])])
 
 
 class MuonAndAdamW:

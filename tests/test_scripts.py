@@ -110,6 +110,15 @@ def test_a_resumed_script_ends_where_the_whole_one_does(name, folder, tmp_path):
         assert torch.equal(value, expected[key]), key
 
 
+def test_show_batch_marks_what_is_learned_and_trains_nothing(folder, tmp_path):
+    data = SAMPLES / "dialogues.jsonl"
+    shown = script("finetune.py", "--init", folder / "out" / "pretrained", "--data", data, "--val-data", data,
+                   "--show-batch", cwd=tmp_path)  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "<|user|>晚上好！<|end|><|assistant|>⟦晚上好，请坐。<|end|>⟧<|user|>今天忙吗？<|end|>" in shown.stdout
+    assert shown.stdout.count("⟦") == 16 and not (tmp_path / "out").exists()
+
+
 def test_eight_dialogues_are_learned_word_for_word_and_end(folder, tmp_path):
     """Over-fitting: two-turn dialogues, four of them Chinese, come back exactly, and stop."""
     source = SAMPLES / "dialogues.jsonl"
