@@ -200,7 +200,7 @@ def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts:
     """Whole turns of a conversation, in windows in which each reply is supervised exactly once.
 
     A conversation that fits is one window. Of a longer one, the first window takes the turns
-    that fit; each later one takes new turns up to half the block (at least to the next reply)
+    that fit; each later one takes new turns up to 3/4 of the block (at least to the next reply)
     and fills the rest with the turns before them, as context without loss. <|endoftext|> and
     the system text begin every window.
     """
@@ -218,7 +218,7 @@ def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts:
 
     done = 0  # turns[:done] have been learned from
     while remaining := [end for end in reply_ends if end > done]:
-        limit = before[done] + (room if done == 0 else room // 2)
+        limit = before[done] + (room if done == 0 else room * 3 // 4)
         end = max((end for end in remaining if before[end] <= limit), default=remaining[0])
         start = next(i for i in range(end + 1) if before[end] - before[i] <= room)
         if start < done and any(turns[start][1]):
