@@ -41,13 +41,13 @@ class Settings:
     show_batch: bool = False
     """print the first rows with what is learned marked, and stop"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
-        default_factory=lambda: TrainConfig(batch_size=8, learning_rate=1e-3, warmup_steps=20)
+        default_factory=lambda: TrainConfig(batch_size=4, optimizer="muon", learning_rate=1e-3, warmup_steps=20)
     )
 
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    config = settings.training = settings.training.or_minutes(3)
+    config = settings.training = settings.training.or_minutes(4)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)

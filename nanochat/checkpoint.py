@@ -33,6 +33,7 @@ from nanochat import InputError, __version__, runtime
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
 
+GPT2_WEIGHTS = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 PREFIX = "transformer."
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module)\.")  # what torch.compile and DDP put into names
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -156,9 +157,9 @@ def download(name: str) -> Path:
         return folder
     except Exception as error:  # the hub raises a dozen kinds, by version; the user's remedy is one
         raise InputError(
-            f"{name}: no such folder here, and the Hugging Face hub gave {type(error).__name__}; put the "
-            f"model's config.json, model.safetensors (gpt2: 548 MB) and tokenizer.json into a folder and name "
-            f"it, from https://huggingface.co/{name} or, with HF_ENDPOINT set to it, https://hf-mirror.com"
+            f"{name}: no such folder here, and the Hugging Face hub gave {type(error).__name__}; put config.json, "
+            f"tokenizer.json and model.safetensors ({GPT2_WEIGHTS}) into ./{name}/, from "
+            f"https://huggingface.co/{name} or its mirror in China, https://hf-mirror.com/{name}"
         ) from None
 
 
