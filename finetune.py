@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from data import locate
+from data import find
 from nanochat import InputError, checkpoint, dialogue, evaluate, generate, runtime, training
 from nanochat.dialogue import DialogueRows
 from nanochat.generate import SampleConfig
@@ -35,37 +35,41 @@ class Settings:
     overwrite: bool = False
     """delete what is in --out first"""
     block_size: int | None = None
-    """longest row, in tokens ; None: the model's"""
+    """longest row, in tokens; None: the model's"""
     dropout: float | None = None
-    """of embeddings and residual branches ; None: as in the model's file"""
+    """of embeddings and residual branches; None: as in the model's file"""
     show_batch: bool = False
     """print the first rows with what is learned marked, and stop"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
-        default_factory=lambda: TrainConfig(batch_size=4, optimizer="muon", learning_rate=1e-3, warmup_steps=20)
+        default_factory=lambda: TrainConfig(batch_size=4, optimizer="muon", learning_rate=2e-3, warmup_steps=20)
     )
 
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    config = settings.training = settings.training.or_minutes(4)
+    config = settings.training = settings.training.or_minutes(5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
 
-    conversations, problems = dialogue.read(locate(settings.data))
+    conversations, problems = dialogue.read(find(settings.data))
     if settings.val_data:
-        held_out, more_problems = dialogue.read(locate(settings.val_data))
+        held_out, more_problems = dialogue.read(find(settings.val_data))
         problems += more_problems
         train_split, val_split, test_split = conversations, held_out, held_out
     else:
         train_split, val_split, test_split = dialogue.split(conversations)
-    report(problems, train_split, val_split, test_split)
+    for problem in problems[:5]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"left out {len(problems)} records in all", file=sys.stderr)
+    check_sizes(train_split, val_split, test_split)
 
     model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
     tokenizer = tokenizer.for_chat()
-    if tokenizer.vocab_size > model.config.vocab_size:  # a model that has never seen a chat token
+    if tokenizer.vocab_size > model.config.vocab_size:  # GPT-2's table has no rows for the chat tokens
         model.grow(tokenizer.vocab_size)
     if settings.dropout is not None:
         model.config.dropout = settings.dropout
@@ -75,7 +79,7 @@ def main() -> None:
     )
     share = train_rows.supervised_tokens / train_rows.input_tokens
     print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
-          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)  # fmt: skip
+          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)
     if not train_rows.supervised_tokens:
         raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
     if settings.show_batch:
@@ -97,10 +101,10 @@ def main() -> None:
         return f"Hello, how are you? → {reply}"
 
     model.to(device)
-    before = score(test_rows, torch.float32)
-    print(f"test perplexity before: {before['perplexity']:.2f}")
+    if not settings.resume:
+        print(f"test perplexity before: {score(test_rows, torch.float32)['perplexity']:.2f}")
     training.train(model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)  # fmt: skip
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)  # the best
     after = score(test_rows, torch.float32)
@@ -108,16 +112,13 @@ def main() -> None:
     for prompt, reply in list(zip(replies.prompts, replies.replies))[:5]:
         print(f"  {prompt!r} → {reply!r}")
     print(replies)
-    print(f"test perplexity before {before['perplexity']:.2f}, after {after['perplexity']:.2f}")
+    same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
+    print(f"test perplexity after: {after['perplexity']:.2f}{same}")
     print(f"wrote {settings.out}; next: python sample.py --checkpoint {settings.out}")
 
 
-def report(problems: list[str], train_split: list, val_split: list, test_split: list) -> None:
-    """Say what was read and left out; stop if a split is empty."""
-    for problem in problems[:5]:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        print(f"left out {len(problems)} records in all", file=sys.stderr)
+def check_sizes(train_split: list, val_split: list, test_split: list) -> None:
+    """Say how many conversations there are of each kind; stop if there are none of one."""
     sizes = f"{len(train_split)} training, {len(val_split)} validation, {len(test_split)} test conversations"
     if not (train_split and val_split and test_split):
         raise InputError(f"{sizes}: too few to hold some out; add some, or name held-out ones with --val-data")

@@ -7,6 +7,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
@@ -29,13 +30,13 @@ class Settings:
     raw: bool = False
     """continue --prompt as plain text even with a fine-tuned model"""
     system: str = ""
-    """system text at the start of a chat"""
+    """system text at the start of a chat with a fine-tuned model"""
     num_samples: int = 1
     """independent answers to --prompt"""
     device: str = "auto"
     """cuda, cpu, cuda:1, …"""
-    dtype: str = "float32"
-    """type of the weights: float32, bfloat16, float16"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of the weights"""
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
 
 
@@ -46,14 +47,12 @@ def main() -> None:
     settings.sampling.stop = tuple(map(argument_text, settings.sampling.stop))
     if settings.num_samples < 1:
         raise InputError(f"--num-samples is {settings.num_samples}, must be at least 1")
-    if settings.dtype not in DTYPES:
-        raise InputError(f"--dtype is {settings.dtype!r}, must be one of {list(DTYPES)}")
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
     model.to(device, DTYPES[settings.dtype])
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats:
-        raise InputError("--prompt is missing: a model that was not fine-tuned on dialogue continues a text")
+        raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
     if settings.prompt is None:
         return talk(Chat(model, tokenizer, settings.sampling, settings.system))
     if chats:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from data import locate
+from data import find
 from nanochat import checkpoint, corpus, evaluate, generate, runtime, training
 from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
@@ -35,15 +35,18 @@ class Settings:
     """go on from the last checkpoint in --out"""
     overwrite: bool = False
     """delete what is in --out first"""
-    vocab_size: int = 8192
-    """ids of the tokenizer trained on the text (chat tokens included), from scratch only"""
+    vocab_size: int = corpus.VOCAB_SIZE
+    """from scratch: ids of the tokenizer trained on the text, chat tokens included"""
     block_size: int = 256
-    """longest text that the model sees at once, in tokens"""
+    """length of a training crop in tokens, at most the model's; from scratch also the model's"""
     n_layer: int = 4
+    """from scratch: blocks"""
     n_head: int = 4
+    """from scratch: attention heads; 64 channels each is usual"""
     n_embd: int = 256
+    """from scratch: channels, a multiple of --n-head"""
     dropout: float | None = None
-    """of embeddings and residual branches ; None: 0 from scratch, else as in the file"""
+    """of embeddings and residual branches; None: 0 from scratch, else as in the file"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
         default_factory=lambda: TrainConfig(
             batch_size=4, optimizer="muon", learning_rate=4e-3, warmup_steps=50
@@ -53,7 +56,7 @@ class Settings:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    config = settings.training = settings.training.or_minutes(5)
+    config = settings.training = settings.training.or_minutes(2.5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
@@ -61,15 +64,15 @@ def main() -> None:
     resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
-    source = locate(settings.data)
-    val_source = locate(settings.val_data) if settings.val_data else None
+    source = find(settings.data)
+    val_source = find(settings.val_data) if settings.val_data else None
     model = tokenizer = None
     if settings.resume or settings.init:
         model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
         settings.block_size = min(settings.block_size, model.config.block_size)
-    name = f"{Path(source).name.split('.')[0]}-{tokenizer.hash if tokenizer else settings.vocab_size}"
-    folder = corpus.prepare(source, settings.out.parent / "corpus" / name, tokenizer=tokenizer,
-                            vocab_size=None if tokenizer else settings.vocab_size, val_source=val_source)  # fmt: skip
+    given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
+    name = f"{Path(source).name.split('.')[0]}-{tokenizer.hash if settings.init else settings.vocab_size}"
+    folder = corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given)
     if model is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
@@ -80,8 +83,8 @@ def main() -> None:
         corpus.TokenStream(folder, split, tokenizer, settings.block_size) for split in ("train", "val")
     )
 
-    def evaluation(dtype=dtype) -> dict[str, float]:
-        scores = evaluate.score(model, tokenizer, val_split.windows(config.batch_size), dtype)
+    def evaluation() -> dict[str, float]:
+        scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size), dtype)
         return {f"val_{key}": value for key, value in scores.items()}
 
     def sample() -> str:
@@ -89,12 +92,12 @@ def main() -> None:
         return "The city of" + generate.texts(model, tokenizer, [prompt], SampleConfig(max_new_tokens=40))[0]
 
     training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)  # fmt: skip
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)
-    scores = evaluate.score(model, tokenizer, val_split.windows(config.batch_size))
+    scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size))
     print(f"held-out text, whole, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
-          f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")  # fmt: skip
+          f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")
     print(f"wrote {settings.out}; next: python finetune.py --init {settings.out}")
 
 

@@ -8,8 +8,8 @@ from nanochat import InputError
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
-def locate(data: str) -> str:
-    """What --data names: a data set of this folder becomes its file; all else stays as it is.
+def find(data: str) -> str:
+    """What --data names: the name of a script here becomes its file; all else stays as it is.
 
     Raises InputError for a single word that is neither a path nor a name.
     """

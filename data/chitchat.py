@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanochat import InputError
+from nanochat.runtime import run_as_script
 
 
 def prepare() -> Path:
@@ -43,6 +44,10 @@ def prepare() -> Path:
     return converted
 
 
-if __name__ == "__main__":
+def main() -> None:
     path = prepare()
     print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} conversations with a reply")
+
+
+if __name__ == "__main__":
+    run_as_script(main)

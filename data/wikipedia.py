@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanochat import InputError
+from nanochat.runtime import run_as_script
 
 FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
@@ -28,11 +29,12 @@ def prepare() -> Path:
     return path
 
 
-if __name__ == "__main__":
-    try:
-        print(prepare())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    print(prepare())
     print("licence: CC BY-SA, the authors of Wikipedia")
     print("whole dumps: https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2")
     print("(22 GB; other languages: zhwiki, dewiki, …); give the URL or the file to train.py --data")
+
+
+if __name__ == "__main__":
+    run_as_script(main)

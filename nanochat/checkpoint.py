@@ -1,10 +1,13 @@
 """The one door to weights: folders that are Hugging Face GPT-2 checkpoints.
 
     out/
-      step-000400/   config.json, model.safetensors, tokenizer.json, …   a Hugging Face folder
-                     nanochat.json    settings, results, versions
-                     resume/state.pt  optimizer, scaler, random state, data position
+      metrics.jsonl  loss.png                 written by training.py
       best -> step-000400    last -> step-000400
+      step-000400/
+        config.json  generation_config.json  model.safetensors      a Hugging Face folder
+        tokenizer.json  tokenizer_config.json
+        nanochat.json    step, results, settings, template, tokenizer hash, versions
+        resume/state.pt  optimizer, scaler, random state, data position
 
 A step folder is written as `.tmp-…`, flushed to disk and renamed once, so it is whole or absent;
 `best` and `last` are swapped by one rename each. Our parameter names are GPT-2's, so a
@@ -92,7 +95,7 @@ def load(source: str | Path) -> tuple[GPT, Tokenizer]:
     """
     path = locate(source)
     config, tensors, conv1d = read(path)
-    state = rename(tensors, conv1d, path)
+    state = to_our_layout(tensors, conv1d, path)
     tokenizer = Tokenizer.gpt2() if path.is_file() else read_tokenizer(path, config)
     rows, ids = config.vocab_size, tokenizer.vocab_size
     if rows < ids:
@@ -129,20 +132,24 @@ def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Pa
     path = Path(source)
     if path.is_dir():
         for pointer in prefer:
-            if (path / pointer).is_dir():
-                return path / pointer
-            if (path / pointer).is_file():  # where links are forbidden, a file with the folder's name
-                return path / (path / pointer).read_text(encoding="utf-8").strip()
+            if (path / pointer).exists():
+                return followed(path / pointer)
         if (path / "config.json").exists():
             return path
         if (path / "ckpt.pt").exists():
             return path / "ckpt.pt"
         raise InputError(f"{path}: no config.json, ckpt.pt or {' or '.join(prefer)} in this folder")
     if path.is_file():
-        return path
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and not str(source).startswith("out/"):
+        return followed(path) if path.name in ("best", "last") else path
+    owner, _, name = str(source).rpartition("/")
+    if re.fullmatch(r"[\w-]*", owner) and re.fullmatch(r"[\w.-]+", name) and not Path(owner or "-").exists() and owner != "out":
         return download(str(source))
-    raise InputError(f"{source}: no such checkpoint folder")
+    raise InputError(f"{source}: no such checkpoint; train.py writes out/pretrained, finetune.py out/finetuned")
+
+
+def followed(pointer: Path) -> Path:
+    """The step that `best` or `last` names: a link or, where those are forbidden, a file with its name."""
+    return pointer if pointer.is_dir() else pointer.with_name(pointer.read_text(encoding="utf-8").strip())
 
 
 def download(name: str) -> Path:
@@ -198,7 +205,7 @@ def name_here(there: str) -> str | None:
     return None if name == "lm_head.weight" or BUFFERS.fullmatch(name) else name
 
 
-def rename(tensors: dict[str, Tensor], conv1d: bool, path: Path) -> dict[str, Tensor]:
+def to_our_layout(tensors: dict[str, Tensor], conv1d: bool, path: Path) -> dict[str, Tensor]:
     """Tensors by their names there → tensors by our names, in nn.Linear's layout."""
     state: dict[str, Tensor] = {}
     for there, w in tensors.items():
@@ -307,22 +314,29 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> dict | None:
             raise InputError(f"--resume: there is no run folder {out}")
         remove_litter(out)
         return read_tensors(locate(out, ("last",)) / "resume" / "state.pt")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")
-        if not any((out / name).exists() for name in ("metrics.jsonl", "last")):
-            raise InputError(f"--overwrite: {out} does not look like a run folder; empty it by hand")
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")
     return None
 
 
 def clear_run(out: Path) -> None:
-    """An empty run folder: called when everything else is ready, so that an error costs no old run."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    """Delete the run in `out`, and nothing else there: when all is ready, so that an error costs none."""
+    out.mkdir(parents=True, exist_ok=True)
+    remove_litter(out)
+    for name in ("best", "last", "metrics.jsonl", "loss.png"):
+        (out / name).unlink(missing_ok=True)
+    for step in saved_steps(out):
+        shutil.rmtree(step)
+
+
+def saved_steps(out: Path) -> list[Path]:
+    """The step folders of a run, oldest first."""
+    steps = [path for path in out.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,
-         resume: dict | None = None, best: bool = False, keep: int = 2) -> Path:  # fmt: skip
+         resume: dict | None = None, best: bool = False, keep: int = 2) -> Path:
     """Write out/step-NNNNNN, point `last` (and, if best, `best`) at it, drop older steps but `keep`."""
     out = Path(out)
     final, temporary = out / f"step-{step:06d}", out / f".tmp-step-{step:06d}"
@@ -351,7 +365,7 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     if best:
         point(out / "best", final)
     kept = {locate(out, (name,)).resolve() for name in ("best", "last") if (out / name).exists()}
-    steps = sorted((path for path in out.glob("step-*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    steps = saved_steps(out)
     for old in steps[: max(0, len(steps) - keep)]:
         if old.resolve() not in kept:
             shutil.rmtree(old)
@@ -369,7 +383,7 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config,
          "embd_pdrop": model.config.dropout, "tie_word_embeddings": True, "dtype": "float32",
          **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
-    )  # fmt: skip
+    )
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
     tensors = {
         PREFIX + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).detach().float().cpu().contiguous()

@@ -147,12 +147,12 @@ class TokenStream:
         rows = torch.from_numpy(rows)  # (B, T + 1)
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
-    def windows(self, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int) -> Iterator[Batch]:
         """Fixed windows for evaluation: each token but the first is a target once, in order.
 
-        max_tokens: only that many targets. The last window is padded: end-of-text, target -100.
+        The last window is padded: end-of-text, target -100.
         """
-        last = min(self.tokens - 1, max_tokens or self.tokens)
+        last = self.tokens - 1
         for start in range(0, last, batch_size * self.block_size):
             count = min(batch_size * self.block_size, last - start)
             rows = -(-count // self.block_size)
@@ -459,7 +459,7 @@ def main() -> None:
     if args.tokenizer:
         tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
     prepare(args.source, args.folder, vocab_size=args.vocab_size, tokenizer=tokenizer,
-            val_source=args.val_data, workers=args.workers)  # fmt: skip
+            val_source=args.val_data, workers=args.workers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Conversations: file formats → one template with its loss mask → windows → packed rows.
 
-A conversation is a list of {"role", "content"} messages. `render` turns it into ids and, in the
-same pass, into the mask of what is learned: assistant text and its <|end|>, nothing else.
-Training and chat both call it, so a chat prompt is an exact prefix of what was trained.
+A conversation is a list of {"role", "content"} messages. `render_turn` turns one into ids and, in
+the same pass, into the mask of what is learned: assistant text and its <|end|>, nothing else.
+Training (`windows`) and chat (`render_prompt`) both join such turns, so a chat prompt is an exact
+prefix of what was trained.
 
     <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello.<|end|> <|user|>…
                                                  ~~~~~~~~~~~~~ supervised
@@ -29,10 +30,7 @@ Conversation = list[Message]
 
 
 def render(messages: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """A conversation → (ids, supervised), of equal length: THE chat template.
-
-    supervised[i] says whether id i is a target: the assistant's text and the <|end|> after it.
-    """
+    """A whole conversation → (ids, supervised), of equal length: <|endoftext|>, then its turns."""
     ids, supervised = [tokenizer.end_of_text], [False]
     for message in messages:
         turn, mask = render_turn(message, tokenizer)
@@ -42,7 +40,10 @@ def render(messages: Conversation, tokenizer: Tokenizer) -> tuple[list[int], lis
 
 
 def render_turn(message: Message, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """One message: its role token, its text, <|end|>."""
+    """One message → (ids, supervised): its role token, its text, <|end|>. THE chat template.
+
+    supervised[i] says whether id i is a target: the assistant's text and the <|end|> after it.
+    """
     role = tokenizer.control[f"<|{message['role']}|>"]
     said = [*tokenizer.encode(message["content"]), tokenizer.control[END_OF_TURN]]
     return [role, *said], [False] + [message["role"] == "assistant"] * len(said)
@@ -116,7 +117,7 @@ def _read_blocks(text: str) -> Iterator[tuple[int, object]]:
 
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                  "system": "system"}  # fmt: skip
+                  "system": "system"}
 
 
 def normalise(record: object) -> Conversation:
@@ -197,12 +198,12 @@ class Cuts:
 
 
 def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts: Cuts) -> Iterator[Window]:
-    """Whole turns of a conversation, in windows in which each reply is supervised exactly once.
+    """Turns of a conversation, in windows in which each reply is supervised exactly once.
 
     A conversation that fits is one window. Of a longer one, the first window takes the turns
     that fit; each later one takes new turns up to 3/4 of the block (at least to the next reply)
     and fills the rest with the turns before them, as context without loss. <|endoftext|> and
-    the system text begin every window.
+    the system text begin every window. Turns stay whole, but for those that `cuts` counts.
     """
     head = [tokenizer.end_of_text]
     turns = [render_turn(message, tokenizer) for message in messages]
@@ -249,8 +250,8 @@ class DialogueRows:
 
     @classmethod
     def build(cls, conversations: list[Conversation], tokenizer: Tokenizer, block_size: int,
-              pack: bool = True) -> "DialogueRows":  # fmt: skip
-        """Window every conversation; pack=False gives each window a row of its own."""
+              pack: bool = True) -> "DialogueRows":
+        """Window every conversation; pack=False gives each window a row of its own, to compare."""
         cuts = Cuts()
         found = [w for c in conversations for w in windows(c, tokenizer, block_size, cuts)]
         return cls(best_fit(found, block_size) if pack else [[w] for w in found], block_size, cuts)

@@ -62,7 +62,7 @@ class Replies:
 
 
 def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Conversation], limit: int = 50,
-                   max_new_tokens: int = 64, batch_size: int = 16) -> Replies:  # fmt: skip
+                   max_new_tokens: int = 64, batch_size: int = 16) -> Replies:
     """Ask the first user turns of the conversations, the first `limit` different ones.
 
     At temperature 0, so that anybody gets the same; batch_size bounds the memory of the cache.

@@ -120,7 +120,7 @@ def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], g
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_ids: Iterable[int] = (),
-             use_cache: bool = True) -> Iterator[list[int | None]]:  # fmt: skip
+             use_cache: bool = True) -> Iterator[list[int | None]]:
     """Continue each prompt; yields one list a step: each row's new id, or None once it has ended.
 
     A row ends with (and yields) one of stop_ids; the generator ends when all rows have, or after
@@ -168,7 +168,7 @@ def left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
 
 
 def generate_ids(model: GPT, prompts: list[list[int]], config: SampleConfig,
-                 stop_ids: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
+                 stop_ids: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:
     """All rows at once → (new ids of each row without the stop id, whether it ended by itself)."""
     stop_ids = set(stop_ids)
     new: list[list[int]] = [[] for _ in prompts]
@@ -230,7 +230,11 @@ def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: Sa
 
 
 class Chat:
-    """A conversation with a model fine-tuned on dialogue, kept within its block."""
+    """A conversation with a model fine-tuned on dialogue.
+
+    Each prompt fits the block with room for a reply; a reply that outgrows it goes on as
+    `generate` says, forgetting the older half.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, config: SampleConfig, system: str = ""):
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -255,7 +259,7 @@ class Chat:
 def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tokens: int) -> tuple[list[int], int]:
     """The prompt ids of a chat, and how many of its oldest messages were left out to make room.
 
-    Whole turns are dropped, oldest first; the system text and the newest message always stay.
+    Whole exchanges are dropped, oldest first; the system text and the newest message always stay.
     Room for the reply: reply_tokens, but no more than a quarter of the block.
     """
     if not messages[-1]["content"].strip():
@@ -263,8 +267,8 @@ def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tok
     limit = block_size - min(reply_tokens, block_size // 4)
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
-    for dropped in range(0, len(turns), 2):  # a turn: what the user said and its reply
+    for dropped in range(0, len(turns), 2):  # an exchange: what the user said and its reply
         prompt = render_prompt(system + turns[dropped:], tokenizer)
         if len(prompt) <= limit:
             return prompt, dropped
-    raise InputError(f"the message has {len(prompt):,} tokens with its template; at most {limit:,} fit")
+    raise InputError(f"the message has {len(prompt):,} tokens with template and system text; at most {limit:,} fit")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanochat import InputError
 
 IGNORED = -100  # a target that is not learned from: the value that F.cross_entropy ignores too
-LOSS_CHUNK = 1024  # rows of fp32 logits held at a time: 1,024 x 50,257 are 206 MB
+LOSS_CHUNK = 1024  # rows of fp32 logits made at a time, 206 MB at 50,257; a backward pass keeps them all
 ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
     "gpt2": (12, 12, 768),
@@ -89,8 +89,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.apply(self._init_weights)
-        # Each block adds twice to the residual stream: 2·n_layer summands of equal size keep its
-        # variance near one only if each is scaled down (GPT-2 paper, section 2.3).
+        # Each block adds twice to the residual stream; scaled down, the 2·n_layer summands do not
+        # let its variance grow with depth (GPT-2 paper, section 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -103,12 +103,11 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def features(self, tokens: Tensor, *, segments: Tensor | None = None,
-                 positions: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:  # fmt: skip
+                 cache: "KVCache | None" = None) -> Tensor:
         """Everything but the head: tokens (B, T) → vectors (B, T, C).
 
         segments (B, T): who may see whom; equal numbers see each other, and positions restart
         where the number changes. One mechanism serves packed dialogues and left padding.
-        positions (B, T) or (T,): rows of the position table, if not the natural ones.
         cache: keys and values of earlier tokens; `tokens` are the ones that follow them.
         Raises ValueError when earlier and new tokens together exceed block_size.
         """
@@ -117,11 +116,10 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past} + {T} tokens exceed block_size {self.config.block_size}")
         if cache is not None:
-            segments = cache.all_segments(segments, tokens)  # (B, past + T)
-        if positions is None and segments is not None:
+            segments = cache.append_segments(segments, tokens)  # (B, past + T)
+        positions = torch.arange(past, past + T, device=tokens.device)
+        if segments is not None:
             positions = segment_positions(segments)[:, past:]
-        elif positions is None:
-            positions = torch.arange(past, past + T, device=tokens.device)
         mask = visible(past, T, segments, tokens.device)
 
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
@@ -137,7 +135,7 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None,
-                segments: Tensor | None = None) -> Tensor:  # fmt: skip
+                segments: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); with targets, the fp32 sum of the cross-entropy over supervised ones.
 
         A sum, not a mean: the loop divides once, by the supervised tokens of the whole step.
@@ -262,11 +260,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
 
 def visible(past: int, T: int, segments: Tensor | None, device: torch.device,
-            explicit: bool = False) -> Tensor | None:  # fmt: skip
-    """THE causal mask: query t is key past + t and sees the keys up to itself, of its segment.
+            explicit: bool = False) -> Tensor | None:
+    """The causal mask: query t is key past + t and sees the keys up to itself, of its segment.
 
     segments (B, past + T) → (B, 1, T, past + T) bool; without segments (T, past + T), or None
-    where `attention` needs no mask: a text from its start, or one new token.
+    where `attention` needs no mask: a text from its start (its is_causal says the same), or one
+    new token.
     """
     if segments is None and (past == 0 or T == 1) and not explicit:
         return None
@@ -304,8 +303,8 @@ class KVCache:
         self.segments: Tensor | None = None  # (B, length), once a row has been padded or packed
         self.length = 0  # columns in use
 
-    def all_segments(self, new: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Segments (B, length + T) of old and new tokens; unnamed new ones continue the last."""
+    def append_segments(self, new: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Keep the segments of T new tokens; → those of all (B, length + T). Unnamed ones continue the last."""
         if new is None and self.segments is None:
             return None
         B, T = tokens.shape

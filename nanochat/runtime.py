@@ -1,6 +1,6 @@
 """Where we run: device, precision, seeds, the metrics log, and how a script ends.
 
-Weights are always fp32; `autocast` computes the large products in a shorter type. On GPUs
+Weights are fp32 in training; `autocast` computes the large products in a shorter type. On GPUs
 that is bf16 from compute capability 8.0 (Ampere), fp16 with a loss scaler before; on CPUs bf16
 where a short probe finds it faster, else fp32.
 """

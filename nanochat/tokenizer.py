@@ -1,12 +1,12 @@
 """Text ↔ ids: byte-level byte-pair encoding (BPE), GPT-2's or one trained here.
 
-A text is UTF-8 bytes; ids 0–255 are the bytes, id 256 + i is the i-th merge of two earlier
-tokens, and the control tokens follow. So a list of merges is a whole tokenizer, any text has
+A text is UTF-8 bytes; ids 0–255 are the bytes (visible ones first), id 256 + i is the i-th merge of
+two earlier tokens, and the control tokens follow. So a list of merges is a whole tokenizer, any text has
 ids, and any ids decode. tiktoken encodes; Hugging Face's `tokenizers` trains and is the format
 on disk; both give the same ids.
 
 Control tokens are never made from text: `encode` turns a typed "<|end|>" into ordinary tokens.
-Only dialogue.render and the corpus place control ids. (Hugging Face's own tokenizer does turn
+Only dialogue.render_turn and the corpus place control ids. (Hugging Face's own tokenizer does turn
 typed markers into control ids unless it is called with split_special_tokens=True.)
 
 Sources: Sennrich et al. 2016 (BPE); Radford et al. 2019 (bytes, the pattern below).
@@ -34,7 +34,7 @@ ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), END_OF_TURN)
 
-# The conversation format as Hugging Face reads it; dialogue.render is the same in Python, and
+# The conversation format as Hugging Face reads it; dialogue.render_turn is the same in Python, and
 # test_template_and_mask_agree_with_hugging_face holds the two equal. {% generation %} marks what
 # is supervised: the assistant's text and its end token.
 TEMPLATE_NAME = "nanochat-1"
@@ -61,7 +61,7 @@ class Tokenizer:
     """
 
     def __init__(self, merges: Sequence[tuple[bytes, bytes]], control: Sequence[str] = (END_OF_TEXT,),
-                 chat_template: str | None = None):  # fmt: skip
+                 chat_template: str | None = None):
         self.merges = list(merges)
         self.chat_template = chat_template
         text_tokens = [bytes([b]) for b in BYTES_IN_ORDER] + [left + right for left, right in self.merges]

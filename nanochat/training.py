@@ -1,4 +1,4 @@
-"""train(): the loop, written out. Below it the parts that it names, in the order of their use.
+"""train(): the loop, written out; below it its settings, and the parts that it names.
 
 A micro-step is one forward and backward of batch_size examples; a step is `accumulate`
 micro-steps and one optimizer update; an epoch is every example once. Pre-training and
@@ -8,6 +8,8 @@ fine-tuning run this same loop: what differs comes in as values (a model, exampl
 Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon;
 linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018.
 """
+
+from __future__ import annotations  # train() stands above the settings that it takes
 
 import json
 import math
@@ -29,94 +31,20 @@ from nanochat.runtime import MetricsLog, autocast, draw_losses, rng_state, set_r
 from nanochat.tokenizer import Tokenizer
 
 
-# Large batches are trained with 0.95; at a thousand tokens a step, where a token's row has a gradient
-# every few hundred steps, the longer memory of 0.999 gave 2.5 % fewer bits per byte.
-ADAM_BETAS = (0.9, 0.999)
-
-
-@dataclass
-class TrainConfig:
-    """How to train. A run ends with the first of --max-steps, --max-minutes, --epochs that is reached."""
-
-    batch_size: int = 8
-    """sequences in a micro-step"""
-    accumulate: int = 1
-    """micro-steps in a step: a large batch in little memory, with the same gradient"""
-    max_steps: int | None = None
-    """optimizer steps in all"""
-    max_minutes: float | None = None
-    """minutes of training, without evaluations; becomes a number of steps after ten timed ones"""
-    epochs: float | None = None
-    """passes over the training examples"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
-    learning_rate: float = 6e-4
-    """peak rate; warm-up rises to it linearly, and it falls linearly to zero at the last step"""
-    warmup_steps: int = 20
-    """steps of rising rate"""
-    weight_decay: float = 0.1
-    """decoupled decay of the matrices, never of tables, biases and layer norms"""
-    clip: float = 1.0
-    """largest norm of the gradient of a step; above it, it is scaled down to it"""
-    eval_every: int | None = None
-    """steps between evaluations; None: ten in a run"""
-    save_every: int | None = None
-    """steps between checkpoints, beside those of the evaluations"""
-    keep: int = 2
-    """newest checkpoints kept, beside the best"""
-    patience: int | None = None
-    """stop after so many evaluations without a better validation loss; None: never"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """type of the large products; weights stay fp32"""
-    device: str = "auto"
-    """cuda, cpu, cuda:1, …"""
-    compile: bool = False
-    """compile the network: pays on GPUs; on a CPU only in runs of hours"""
-    seed: int = 0
-    """of the weights' start, the data order and dropout"""
-
-    def or_minutes(self, minutes: float) -> "TrainConfig":
-        """These settings, with a length of `minutes` if they name none."""
-        if self.max_steps is self.max_minutes is self.epochs is None:
-            return replace(self, max_minutes=minutes)
-        return self
-
-
-class Examples(Protocol):
-    """What can be trained on: numbered examples, and a batch of any of them."""
-
-    block_size: int  # most inputs of an example
-
-    def __len__(self) -> int: ...
-    def batch(self, indices: list[int]) -> Batch: ...
-
-
-@dataclass
-class Progress:
-    """Where a run is; saved in every checkpoint."""
-
-    step: int = 0  # optimizer steps taken
-    examples: int = 0  # examples consumed: the whole data position
-    max_steps: int | None = None  # None until ten steps of a --max-minutes run are timed
-    best_loss: float = math.inf  # lowest validation loss
-    evaluations_since_best: int = 0
-    skipped_in_a_row: int = 0  # fp16 steps whose gradient overflowed
-    seconds: float = 0.0  # of training, without evaluations and saves
-
-
 def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig, *, out: Path, settings: dict,
           device: torch.device, dtype: torch.dtype, evaluate: Callable[[], dict[str, float]],
-          sample: Callable[[], str], resume: dict | None = None) -> Progress:  # fmt: skip
+          sample: Callable[[], str], resume: dict | None = None) -> Progress:
     """Train `model` in place; write metrics.jsonl, loss.png and checkpoints into `out`.
 
     evaluate() → at least {"val_loss"}; sample() → a text to look at; settings: what to save
-    beside the weights; resume: the state of a checkpoint of the same run.
+    beside the weights; resume: the state of a checkpoint of the same run, without which an
+    earlier run in `out` is deleted.
     """
     model.to(device)
     network = torch.compile(model) if config.compile else model
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress(max_steps=planned_steps(config, len(data)))
+    progress = Progress(max_steps=steps_in(config, None, len(data)))
     if resume is None:
         checkpoint.clear_run(out)
     else:
@@ -165,20 +93,20 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         step_seconds.append(seconds)
-        if config.max_minutes and progress.max_steps is None and len(step_seconds) == 12:
-            progress.max_steps = steps_in(config, median(step_seconds[2:]), len(data))
-            bar.total = progress.max_steps
+        if config.max_minutes and not progress.minutes_counted and len(step_seconds) == 20:
+            progress.max_steps = max(progress.step, steps_in(config, median(step_seconds[10:]), len(data)))
+            progress.minutes_counted, bar.total = True, progress.max_steps
             bar.write(f"{config.max_minutes:g} minutes are {progress.max_steps:,} steps here", file=sys.stderr)
         tokens_per_second = sum(batch.inputs.numel() for batch in batches) / seconds
         learning_rate = config.learning_rate * rate
         record = dict(step=progress.step, loss=loss_value, learning_rate=learning_rate, grad_norm=norm_value,
-                      tokens_per_second=tokens_per_second, seconds=progress.seconds)  # fmt: skip
+                      tokens_per_second=tokens_per_second, seconds=progress.seconds)
         bar.set_postfix_str(f"loss {loss_value:.3f} lr {learning_rate:.1e} norm {norm_value:.2f} "
-                            f"{tokens_per_second:,.0f} tok/s", refresh=False)  # fmt: skip
+                            f"{tokens_per_second:,.0f} tok/s", refresh=False)
         bar.update()
 
-        last = progress.step == progress.max_steps
-        evaluating = last or is_due(progress, config.eval_every)
+        quarter = progress.max_steps and math.ceil(progress.max_steps / 4)
+        evaluating = progress.step == progress.max_steps or is_due(progress.step, config.eval_every or quarter)
         best = False
         if evaluating:
             results = evaluate()
@@ -187,12 +115,12 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
             record |= results
             bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())
-                      + f"{' (best)' if best else ''}\n  {sample()}", file=sys.stderr)  # fmt: skip
+                      + f"{' (best)' if best else ''}\n  {sample()}", file=sys.stderr)
         log.write(**record)
-        if evaluating or is_due(progress, config.save_every, never=True):
+        if evaluating or is_due(progress.step, config.save_every):
             state = snapshot(progress, model, optimizer, scaler)
             checkpoint.save(out, progress.step, model, tokenizer, settings=settings, results=record,
-                            resume=state, best=best, keep=config.keep)  # fmt: skip
+                            resume=state, best=best, keep=config.keep)
         if config.patience and progress.evaluations_since_best >= config.patience:
             bar.write(f"no better for {config.patience} evaluations: stopping early", file=sys.stderr)
             break
@@ -203,30 +131,108 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     return progress
 
 
+# ------------------------------------------------------------------ settings and state
+
+
+# Large batches are trained with 0.95; at a thousand tokens a step, where a token's row has a gradient
+# every few hundred steps, the longer memory of 0.999 gave 2.5 % fewer bits per byte.
+ADAM_BETAS = (0.9, 0.999)
+
+
+@dataclass
+class TrainConfig:
+    """How to train. A run ends with the first of --max-steps, --max-minutes, --epochs that is reached.
+
+    The scripts start from settings of their own: Settings in train.py and finetune.py.
+    """
+
+    batch_size: int = 8
+    """sequences in a micro-step"""
+    accumulate: int = 1
+    """micro-steps in a step: a large batch in little memory, with the same gradient"""
+    max_steps: int | None = None
+    """optimizer steps in all"""
+    max_minutes: float | None = None
+    """minutes of training, without evaluations; steps 11 to 20 are timed, and it becomes a number of steps"""
+    epochs: float | None = None
+    """passes over the training examples"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
+    learning_rate: float = 6e-4
+    """peak rate; warm-up rises to it linearly, and it falls linearly to zero at the last step"""
+    warmup_steps: int = 20
+    """steps of rising rate"""
+    weight_decay: float = 0.1
+    """decoupled decay of the matrices, never of tables, biases and layer norms"""
+    clip: float = 1.0
+    """largest norm of the gradient of a step; above it, it is scaled down to it"""
+    eval_every: int | None = None
+    """steps between evaluations; None: four in a run"""
+    save_every: int | None = None
+    """steps between checkpoints, beside those of the evaluations"""
+    keep: int = 2
+    """newest checkpoints kept, beside the best"""
+    patience: int | None = None
+    """stop after so many evaluations without a better validation loss; None: never"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """type of the large products; weights stay fp32"""
+    device: str = "auto"
+    """cuda, cpu, cuda:1, …"""
+    compile: bool = False
+    """compile the network: pays on GPUs; on a CPU only in runs of hours"""
+    seed: int = 0
+    """of the weights' start, the data order and dropout"""
+
+    def or_minutes(self, minutes: float) -> TrainConfig:
+        """These settings, with a length of `minutes` if they name none."""
+        if self.max_steps is self.max_minutes is self.epochs is None:
+            return replace(self, max_minutes=minutes)
+        return self
+
+
+class Examples(Protocol):
+    """What can be trained on: numbered examples, and a batch of any of them."""
+
+    block_size: int  # most inputs of an example
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: list[int]) -> Batch: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved in every checkpoint."""
+
+    step: int = 0  # optimizer steps taken
+    examples: int = 0  # examples consumed: the whole data position
+    max_steps: int | None = None  # None while only --max-minutes limits the run and no step is timed
+    minutes_counted: bool = False  # --max-minutes has become a number of steps
+    best_loss: float = math.inf  # lowest validation loss
+    evaluations_since_best: int = 0
+    skipped_in_a_row: int = 0  # fp16 steps whose gradient overflowed
+    seconds: float = 0.0  # of training, without evaluations and saves
+
+
 # ------------------------------------------------------------------ length and rate of a run
 
 
-def planned_steps(config: TrainConfig, examples: int) -> int | None:
-    """Steps of a run as far as known before it: None while --max-minutes waits for timed steps."""
-    if config.max_minutes is not None:
-        return None
-    return steps_in(config, math.inf, examples)
+def steps_in(config: TrainConfig, seconds_per_step: float | None, examples: int) -> int | None:
+    """Steps of a run: the smallest of --max-steps, --epochs and, once steps are timed, --max-minutes.
 
-
-def steps_in(config: TrainConfig, seconds_per_step: float, examples: int) -> int:
-    """The smallest of --max-steps, --max-minutes and --epochs, in steps; at least one."""
+    At least one; None if only the minutes limit it and no step is timed yet.
+    """
     limits = [config.max_steps] if config.max_steps is not None else []
-    if config.max_minutes is not None:
-        limits.append(int(config.max_minutes * 60 / seconds_per_step))
     if config.epochs is not None:
         limits.append(math.ceil(config.epochs * examples / (config.batch_size * config.accumulate)))
-    if not limits:
+    if config.max_minutes is not None and seconds_per_step is not None:
+        limits.append(int(config.max_minutes * 60 / seconds_per_step))
+    if not limits and config.max_minutes is None:
         raise InputError("no length of the run: give --max-steps, --max-minutes or --epochs")
-    return max(1, min(limits))
+    return max(1, min(limits)) if limits else None
 
 
 def describe(model: GPT, data: Examples, config: TrainConfig, progress: Progress, device: torch.device,
-             dtype: torch.dtype, settings: dict) -> str:  # fmt: skip
+             dtype: torch.dtype, settings: dict) -> str:
     """What is about to happen: settings, size, tokens per step, steps, epochs, what was chosen."""
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     per_step = config.batch_size * config.accumulate
@@ -255,18 +261,16 @@ def learning_rate_factor(step: int, max_steps: int | None, warmup_steps: int) ->
     return (max_steps - step) / max(1, max_steps - warmup_steps)
 
 
-def is_due(progress: Progress, every: int | None, never: bool = False) -> bool:
-    """Whether step `every`, 2·`every`, … is reached; None means ten times a run, or never."""
-    if every is None and (never or progress.max_steps is None):
-        return False
-    return progress.step % (every or max(1, math.ceil(progress.max_steps / 10))) == 0
+def is_due(step: int, every: int | None) -> bool:
+    """Whether `step` is one of every, 2·every, 3·every, …"""
+    return every is not None and step % every == 0
 
 
 def stop_if_not_finite(loss: float, norm: float, rate: float, progress: Progress, fp16: bool) -> None:
     """Stop before an update that would destroy the weights.
 
     In fp16 a gradient that overflows is normal (the scaler skips the step and halves its scale),
-    ten in a row are not.
+    eleven in a row are not.
     """
     if math.isfinite(loss) and (math.isfinite(norm) or (fp16 and progress.skipped_in_a_row < 10)):
         return
@@ -298,7 +302,7 @@ def _permutation(examples: int, seed: int, epoch: int) -> torch.Tensor:
 # ------------------------------------------------------------------ optimizer
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> "torch.optim.Optimizer | MuonAndAdamW":
+def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | MuonAndAdamW:
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for tables and vectors.
 
     Only matrices decay: a row of a table is seen when its token comes up, and decay in between
@@ -313,8 +317,6 @@ def build_optimizer(model: GPT, config: TrainConfig) -> "torch.optim.Optimizer |
     adamw = partial(torch.optim.AdamW, lr=config.learning_rate, betas=ADAM_BETAS, fused=True)
     if config.optimizer == "adamw":
         return adamw([matrices, others])
-    if not hasattr(torch.optim, "Muon"):
-        raise InputError(f"--optimizer muon needs torch 2.9 or later, this is {torch.__version__}; use adamw")
     muon = torch.optim.Muon([matrices], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW([muon, adamw([others])])
 

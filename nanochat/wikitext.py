@@ -25,7 +25,6 @@ LAST = "lang|lang-[^|{}]*|transl|nowrap|nobold|small|smaller|big|abbr|angbr|keyp
 FIRST = "nihongo|vanchor|visible anchor|val|quote|blockquote|cquote|quotation|nts|unicode"
 LINKED = r"(?:[^\[\]]|\[(?!\[)|\](?!\]))*"  # what may stand in a link: single brackets too
 MEASURE = r"\{\{\s*(?:convert|cvt)\s*\|"
-# fmt: off
 # "\0" marks headings until it is known what stands under them.
 MARKUP = [  # pattern, replacement, what it is and why it goes or stays
     (r"(?s)<!--.*?-->", "", "notes among editors"),
@@ -67,7 +66,6 @@ REMAINS = [  # once all markup is gone
     (r"\n{3,}", "\n\n", "more than one blank line"),
     (r"\0.*\s*(?=\0|\Z)", "", "headings with nothing under them"),
 ]
-# fmt: on
 TABLES = [[(re.compile(pattern), by) for pattern, by, _ in table] for table in (MARKUP, REMAINS)]
 STRAY = re.compile(r"\[\[[^\[\]|\n]*\||\[\[|\]\]|\{\{|\}\}|\0")  # brackets that were never closed
 NO_ARTICLE = re.compile(  # a redirect in an old dump, or a page that tells homonyms apart

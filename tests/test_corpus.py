@@ -140,7 +140,7 @@ def test_cleaning_in_spawned_processes_gives_the_same_articles_in_order(tmp_path
 DEBRIS = (
     "{{", "}}", "[[", "]]", "thumb|", "Category:", "File:", "ISBN", "http", "''", "()", "( ,", "  ", "\n\n\n", "&nbsp;",
     "<ref", "</", "<br", "\0",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_folder_is_read_in_order_with_paths_as_titles(tmp_path):
         ("f.xml", b"<mediawiki><page><title>a</tit", "broken XML"),
         ("g.xml.bz2", bz2.compress(b"<mediawiki>" + os.urandom(9_000).hex().encode())[:-900], "ends too early"),
     ],
-)  # fmt: skip
+)
 def test_unusable_files_stop_with_the_reason(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(message)) as error:
@@ -268,7 +268,7 @@ def test_a_single_text_holds_out_its_last_tenth(tmp_path, times):
     tokenizer = Tokenizer.train([text], 320)
     folder = prepare(tmp_path / "book.txt", tmp_path / "corpus", tokenizer=tokenizer)
     head, tail = (tokenizer.decode(i for i in row(TokenStream(folder, split, tokenizer, 8)) if i != tokenizer.end_of_text)
-                  for split in ("train", "val"))  # fmt: skip
+                  for split in ("train", "val"))
     assert head + tail == text and head.endswith("\n")
     assert 0.05 < len(tail) / len(text) < 0.25
 
@@ -442,20 +442,13 @@ def test_a_batch_is_crops_with_targets_one_token_later(prepared):
 def test_windows_predict_every_token_but_the_first_exactly_once(prepared, block_size):
     stream = TokenStream(prepared, "val", Tokenizer.load(prepared), block_size)
     ids = np.array(row(stream))
-    batches = list(stream.windows(3))
+    batches = list(stream.batches(3))
     targets = np.concatenate([batch.targets.flatten() for batch in batches])
     inputs = np.concatenate([batch.inputs.flatten() for batch in batches])
     assert (targets[targets != IGNORED] == ids[1:]).all() and (inputs[targets != IGNORED] == ids[:-1]).all()
     assert (targets[: len(ids) - 1] != IGNORED).all() and len(targets) % block_size == 0
-    again = list(stream.windows(3))
+    again = list(stream.batches(3))
     assert all(a.inputs.equal(b.inputs) and a.targets.equal(b.targets) for a, b in zip(batches, again, strict=True))
-
-
-def test_windows_stop_after_max_tokens(prepared):
-    stream = TokenStream(prepared, "val", Tokenizer.load(prepared), 16)
-    batches = list(stream.windows(2, max_tokens=40))
-    assert [tuple(batch.inputs.shape) for batch in batches] == [(2, 16), (1, 16)]
-    assert sum(int((batch.targets != IGNORED).sum()) for batch in batches) == 40
 
 
 # the machine around it

@@ -39,7 +39,7 @@ TWENTY = [
     conversation(*(TEXTS[(i + j) % len(TEXTS)] for j in range(2 + i % 5)),
                  system=TEXTS[i % 8] if i % 3 == 0 else None, first="assistant" if i % 7 == 0 else "user")
     for i in range(20)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_dialogue_has_exactly_these_ids_and_labels(byte_tokenizer):
         (259, False), (56, True), (78, True), (0, True), (260, True),  # <|assistant|> Y o ! <|end|>
         (258, False), (260, False),  # <|user|> <|end|>
         (259, False), (260, True),  # <|assistant|> <|end|>
-    ]  # fmt: skip
+    ]
     assert list(zip(ids, supervised)) == expected
 
 
@@ -291,7 +291,7 @@ BAD = [
     ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"content of a user message is list"),
     ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "system", "content": "b"}]}',
      r"a system message must be the first one"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("record, reason", BAD, ids=range(len(BAD)))

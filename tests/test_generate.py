@@ -601,7 +601,7 @@ def test_a_message_that_does_not_fit_leaves_the_chat_as_it_was(tokenizer, make_m
     chat = Chat(model, tokenizer, SampleConfig(max_new_tokens=100))
     list(chat.ask("Hi"))
     before = list(chat.messages)
-    with pytest.raises(InputError, match=r"the message has 1,0\d\d tokens with its template; at most 48 fit"):
+    with pytest.raises(InputError, match=r"the message has 1,0\d\d tokens with template and system text; at most 48 fit"):
         list(chat.ask("QZ" * 500))
     assert chat.messages == before
     list(islice(chat.ask("Interrupted"), 1))  # a reply that was not read to its end is not remembered
@@ -668,13 +668,13 @@ def test_60_turns_through_the_real_chat_loop(saved, tokenizer):
     chat = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), *flags], input="\n".join(lines) + "\n", capture_output=True,
         encoding="utf-8", cwd=saved, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
+    )
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout == ("a" * 12 + "\n") * 60
     system = {"role": "system", "content": "Be kind."}
     needed = len(render_prompt([system, {"role": "user", "content": lines[30]}], tokenizer))
     errors = [line for line in chat.stderr.splitlines() if line.startswith("error:")]
-    assert errors == [f"error: the message has {needed} tokens with its template; at most 52 fit"]
+    assert errors == [f"error: the message has {needed} tokens with template and system text; at most 52 fit"]
     left_out = [int(n) for n in re.findall(r"\(the oldest (\d+) messages no longer fit", chat.stderr)]
     assert left_out == sorted(left_out) and left_out[-1] > 100
     assert len(chat.stderr.splitlines()) == 1 + len(left_out)
@@ -725,16 +725,15 @@ def test_an_empty_raw_prompt_begins_a_text(sample):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--checkpoint", "no/such/folder", "--prompt", "a"], "no/such/folder: no such checkpoint folder"),
+        (["--checkpoint", "no/such/folder", "--prompt", "a"], "no/such/folder: no such checkpoint"),
         (["--checkpoint", ".", "--prompt", "a"], "no config.json"),
         (["--checkpoint", "base"], "--prompt is missing"),
         (["--checkpoint", "chat", "--prompt", ""], "the message is empty"),
         (
             ["--checkpoint", "chat", "--prompt", "QZ" * 50],
-            "the message has 1.. tokens with its template; at most 48 fit",
+            "the message has 1.. tokens with template and system text; at most 48 fit",
         ),
         (["--checkpoint", "chat", "--prompt", "a", "--num-samples", "0"], "--num-samples is 0, must be at least 1"),
-        (["--checkpoint", "chat", "--prompt", "a", "--dtype", "int8"], "--dtype is 'int8', must be one of"),
         (["--checkpoint", "chat", "--prompt", "a", "--device", "warp"], "--device warp: .*; try auto or cpu"),
     ],
     ids=lambda value: None if isinstance(value, list) else value[:24],

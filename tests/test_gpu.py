@@ -69,8 +69,8 @@ def test_the_three_scripts_run(dtype, tmp_path):
         ["finetune.py", "--data", samples / "dialogues.jsonl", "--val-data", samples / "dialogues.jsonl",
          "--max-steps", "20", "--dtype", dtype],
         ["sample.py", "--prompt", "Good evening!", "--max-new-tokens", "8"],
-    ):  # fmt: skip
+    ):
         done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=tmp_path,
-                              capture_output=True, encoding="utf-8")  # fmt: skip
+                              capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         assert command[0] == "sample.py" or "on cuda" in done.stderr

@@ -11,7 +11,7 @@ FLOORS = {
     "checkpoint": 1, "corpus": 1, "dialogue": 1,
     "generate": 2, "training": 2,
     "evaluate": 3,
-}  # fmt: skip
+}
 SCRIPTS = ("train", "finetune", "sample")
 
 

@@ -82,7 +82,7 @@ def test_every_command_runs(tmp_path):
                 continue
             command = [sys.executable, *words[1:], *extra.get(words[1], [])]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=600,
-                                  env=os.environ, input="")  # fmt: skip
+                                  env=os.environ, input="")
             assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-2000:]}"
             ran += 1
     assert ran >= 8

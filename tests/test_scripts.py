@@ -23,7 +23,7 @@ def script(name: str, *args, cwd: Path, stdin: str = "", **env) -> subprocess.Co
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, input=stdin, capture_output=True,
         encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=300,
-    )  # fmt: skip
+    )
 
 
 def last_line(finished: subprocess.CompletedProcess) -> str:
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     trained = script("train.py", "--data", text, *TINY, *SHORT, cwd=folder)
     assert trained.returncode == 0, trained.stderr
     tuned = script("finetune.py", "--data", SAMPLES / "dialogues.jsonl", "--val-data", SAMPLES / "dialogues.jsonl",
-                   *SHORT, cwd=folder)  # fmt: skip
+                   *SHORT, cwd=folder)
     assert tuned.returncode == 0, tuned.stderr
     (folder / "train.log").write_text(trained.stdout + trained.stderr, encoding="utf-8")
     (folder / "finetune.log").write_text(tuned.stdout + tuned.stderr, encoding="utf-8")
@@ -64,7 +64,7 @@ def test_pretraining_leaves_a_complete_run_folder(folder):
 
 def test_finetuning_tells_the_test_perplexity_before_and_after(folder):
     log = (folder / "finetune.log").read_text(encoding="utf-8")
-    assert "test perplexity before" in log and ", after" in log
+    assert "test perplexity before: " in log and "test perplexity after: " in log
     assert "replies:" in log
 
 
@@ -72,14 +72,14 @@ def test_sample_answers_a_finetuned_model_and_continues_a_base_model(folder):
     answered = script("sample.py", "--prompt", "Hello, how are you?", "--max-new-tokens", 8, cwd=folder)
     assert answered.returncode == 0 and "Hello" not in answered.stdout, answered.stderr
     continued = script("sample.py", "--checkpoint", "out/pretrained", "--prompt", "The river", "--max-new-tokens", 8,
-                       "--num-samples", 2, cwd=folder)  # fmt: skip
+                       "--num-samples", 2, cwd=folder)
     assert continued.returncode == 0 and continued.stdout.count("The river") == 2, continued.stderr
 
 
 def test_scripts_speak_utf8_in_any_locale(folder):
     for env in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}):
         said = script("sample.py", "--checkpoint", "out/pretrained", "--prompt", "小河🙂", "--max-new-tokens", 4,
-                      cwd=folder, **env)  # fmt: skip
+                      cwd=folder, **env)
         assert said.returncode == 0 and said.stdout.startswith("小河🙂"), said.stderr
 
 
@@ -88,7 +88,7 @@ def test_a_resumed_script_ends_where_the_whole_one_does(name, folder, tmp_path):
     """Mid-epoch, with dropout: 6 steps, against 3 steps, a stop, and the other 3."""
     data = SAMPLES / ("garden.txt" if name == "train.py" else "dialogues.jsonl")
     flags = ["--data", data, "--dropout", "0.1", "--batch-size", "2", "--max-steps", "6", "--save-every", "3",
-             "--eval-every", "6"]  # fmt: skip
+             "--eval-every", "6"]
     if name == "train.py":
         flags += [*TINY]
     else:
@@ -113,7 +113,7 @@ def test_a_resumed_script_ends_where_the_whole_one_does(name, folder, tmp_path):
 def test_show_batch_marks_what_is_learned_and_trains_nothing(folder, tmp_path):
     data = SAMPLES / "dialogues.jsonl"
     shown = script("finetune.py", "--init", folder / "out" / "pretrained", "--data", data, "--val-data", data,
-                   "--show-batch", cwd=tmp_path)  # fmt: skip
+                   "--show-batch", "--batch-size", "8", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "<|user|>晚上好！<|end|><|assistant|>⟦晚上好，请坐。<|end|>⟧<|user|>今天忙吗？<|end|>" in shown.stdout
     assert shown.stdout.count("⟦") == 16 and not (tmp_path / "out").exists()
@@ -126,7 +126,7 @@ def test_eight_dialogues_are_learned_word_for_word_and_end(folder, tmp_path):
     assert len(conversations) == 8
     tuned = script("finetune.py", "--init", folder / "out" / "pretrained", "--data", source, "--val-data", source,
                    "--batch-size", 4, "--max-steps", 200, "--learning-rate", "1e-2", "--eval-every", 100,
-                   "--out", "out", cwd=tmp_path)  # fmt: skip
+                   "--out", "out", cwd=tmp_path)
     assert tuned.returncode == 0, tuned.stderr
     model, tokenizer = checkpoint.load(tmp_path / "out")
     for conversation in conversations:

@@ -37,7 +37,7 @@ def run(model, data, out, tokenizer, dtype=torch.float32, resume=None, **setting
     config = TrainConfig(**dict(batch_size=2, max_steps=4, learning_rate=1e-3, warmup_steps=2, seed=3) | settings)
     progress = train(model, tokenizer, data, config, out=out, settings={}, device=CPU, dtype=dtype, resume=resume,
                      evaluate=lambda: {"val_loss": float(model.wte.weight.detach().double().norm())},
-                     sample=lambda: "a sample")  # fmt: skip
+                     sample=lambda: "a sample")
     return progress, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -66,7 +66,7 @@ def test_accumulating_equals_one_batch_of_8_with_uneven_masks(
     monkeypatch.setattr(  # the gradients as clipping finds them
         torch.nn.utils, "clip_grad_norm_",
         lambda parameters, limit: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}) or torch.ones(()),
-    )  # fmt: skip
+    )
     _, records = run(model, data, tmp_path, tokenizer, batch_size=batch_size, accumulate=accumulate, max_steps=1)
     for name, gradient in expected.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-9, atol=1e-14)
@@ -165,7 +165,7 @@ def test_a_skipped_step_does_not_advance_the_schedule(tokenizer, tmp_path, monke
 def test_fp16_with_the_real_scaler_trains_and_keeps_fp32_weights(tokenizer, tmp_path):
     model = tiny(tokenizer)
     _, records = run(model, RandomExamples([16] * 4), tmp_path, tokenizer, dtype=torch.float16, max_steps=12,
-                     learning_rate=1e-2)  # fmt: skip
+                     learning_rate=1e-2)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
 
@@ -221,7 +221,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tokenizer):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_schedule_counts_optimizer_steps(accumulate, tokenizer, tmp_path):
     _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, accumulate=accumulate,
-                     max_steps=6, warmup_steps=3)  # fmt: skip
+                     max_steps=6, warmup_steps=3)
     rates = [r["learning_rate"] / 1e-3 for r in records]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])
 
@@ -232,10 +232,15 @@ def test_the_start_of_a_run_prints_its_length(tokenizer, tmp_path, capsys):
     assert "6 a step, 96 tokens; 4 steps, 2.40 epochs" in shown  # 20 examples fill 3.3 steps
 
 
-def test_minutes_become_a_number_of_steps_after_ten_timed_ones(tokenizer, tmp_path, capsys):
+def test_minutes_become_a_number_of_steps_once_ten_are_timed(tokenizer, tmp_path, capsys):
     progress, _ = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, max_steps=None, max_minutes=0.02)
-    assert progress.step == progress.max_steps >= 12
+    assert progress.step == progress.max_steps >= 20
     assert f"0.02 minutes are {progress.max_steps:,} steps here" in capsys.readouterr().err
+
+
+def test_minutes_do_not_lengthen_a_run_of_few_steps(tokenizer, tmp_path):
+    progress, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, max_steps=5, max_minutes=9)
+    assert progress.step == 5 and "val_loss" in records[-1]
 
 
 def test_a_run_without_a_length_is_refused(tokenizer, tmp_path):
@@ -259,7 +264,7 @@ def test_evaluating_changes_no_training_loss(tokenizer, tmp_path):
     losses = []
     for eval_every in (1, 100):
         _, records = run(tiny(tokenizer, dropout=0.2), RandomExamples([9] * 6), tmp_path / str(eval_every), tokenizer,
-                         max_steps=6, eval_every=eval_every)  # fmt: skip
+                         max_steps=6, eval_every=eval_every)
         losses.append([r["loss"] for r in records])
     assert losses[0] == losses[1]
 
@@ -302,7 +307,7 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, mon
     model = tiny(tokenizer)
     config = TrainConfig(batch_size=2, max_steps=10, eval_every=1, keep=1, patience=3)
     progress = train(model, tokenizer, RandomExamples([9] * 4), config, out=tmp_path, settings={}, device=CPU,
-                     dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: "")  # fmt: skip
+                     dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: "")
     assert progress.step == 5 and progress.best_loss == 2.0
     assert checkpoint.locate(tmp_path).resolve().name == "step-000002"
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000005"]
@@ -329,7 +334,7 @@ def test_training_on_a_pattern_learns_it(tokenizer, tmp_path):
     data.targets = (data.inputs + 1) % 5
     for optimizer in ("adamw", "muon"):
         _, records = run(tiny(tokenizer), data, tmp_path / optimizer, tokenizer, optimizer=optimizer, max_steps=60,
-                         learning_rate=3e-2)  # fmt: skip
+                         learning_rate=3e-2)
         assert records[-1]["loss"] < 0.2, optimizer
 
 
@@ -355,7 +360,7 @@ def test_a_step_of_adamw_and_of_muon_follows_the_published_rule(tokenizer):
 
 def test_planned_steps_take_the_smallest_limit():
     config = TrainConfig(batch_size=4, accumulate=2, max_steps=100, epochs=3)
-    assert training.planned_steps(config, examples=40) == 15
-    assert training.planned_steps(config, examples=41) == 16  # ceil(3 · 41 / 8)
-    assert training.planned_steps(TrainConfig(max_minutes=1), examples=40) is None
+    assert training.steps_in(config, None, examples=40) == 15
+    assert training.steps_in(config, None, examples=41) == 16  # ceil(3 · 41 / 8)
+    assert training.steps_in(TrainConfig(max_minutes=1), None, examples=40) is None
     assert training.steps_in(TrainConfig(max_minutes=1, max_steps=50), 2.0, examples=40) == 30
