@@ -5,7 +5,7 @@
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -72,8 +72,10 @@ def main() -> None:
     if tokenizer.vocab_size > model.config.vocab_size:  # GPT-2's table has no rows for the chat tokens
         model.grow(tokenizer.vocab_size)
     if settings.dropout is not None:
-        model.config.dropout = settings.dropout
+        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
     block_size = min(settings.block_size or model.config.block_size, model.config.block_size)
+    if block_size < 16:
+        raise InputError(f"--block-size is {block_size}, must be at least 16")
     train_rows, val_rows, test_rows = (
         DialogueRows.build(split, tokenizer, block_size) for split in (train_split, val_split, test_split)
     )

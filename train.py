@@ -5,7 +5,9 @@
     python train.py --init gpt2 --data corpus.txt     go on from GPT-2's weights
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import TrainConfig
+
+EVALUATION_TOKENS = 250_000  # of held-out text, the same ones each time, while training; all of it at the end
 
 
 @dataclass
@@ -71,20 +75,22 @@ def main() -> None:
         model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
         settings.block_size = min(settings.block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
-    name = f"{Path(source).name.split('.')[0]}-{tokenizer.hash if settings.init else settings.vocab_size}"
+    request = sha256(f"{source} {val_source} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
+    name = f"{Path(source).name.split('.')[0]}-{request}"
     folder = corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given)
     if model is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     if settings.dropout is not None:
-        model.config.dropout = settings.dropout
+        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
     train_split, val_split = (
         corpus.TokenStream(folder, split, tokenizer, settings.block_size) for split in ("train", "val")
     )
 
     def evaluation() -> dict[str, float]:
-        scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size), dtype)
+        first = EVALUATION_TOKENS // (config.batch_size * settings.block_size)
+        scores = evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), first + 1), dtype)
         return {f"val_{key}": value for key, value in scores.items()}
 
     def sample() -> str:

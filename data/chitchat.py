@@ -2,7 +2,8 @@
 
 Collected by the BYU Perception, Control and Cognition lab (github.com/BYU-PCCL/chitchat-dataset,
 MIT licence); the Python package chitchat-dataset carries them. 4,018 have a reply. The second
-speaker is taken as the assistant; lines that one person sent in a row are one message.
+speaker is taken as the assistant; lines that one person sent in a row are one message, joined by
+spaces (joined by line breaks, a small model's likeliest next token is one more line, without end).
 
     python data/chitchat.py        writes data/chitchat.jsonl and prints how many
 """
@@ -37,7 +38,7 @@ def prepare() -> Path:
             messages = []
             for sender, said in groupby(lines, key=lambda line: line["sender"]):
                 role = "user" if sender == lines[0]["sender"] else "assistant"
-                messages.append({"role": role, "content": "\n".join(line["text"].strip() for line in said)})
+                messages.append({"role": role, "content": " ".join(line["text"].strip() for line in said)})
             if len(messages) > 1:
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     partial.replace(converted)

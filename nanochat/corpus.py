@@ -70,6 +70,8 @@ def prepare(
     Call it from one process (rank 0) and under `if __name__ == "__main__"`: workers are spawned.
     """
     if (Path(source) / "corpus.json").exists():
+        if val_source:
+            raise InputError(f"{source} was prepared with its own held-out text; leave out --val-data")
         return Path(source)
     if tokenizer and vocab_size:
         raise InputError(f"give a tokenizer or --vocab-size {vocab_size}, not both")
@@ -88,6 +90,8 @@ def prepare(
     for path in filter(None, (source, val_source)):
         if folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise InputError(f"{path} lies in {folder}, which will be overwritten: name another")
+        if Path(path).is_dir() and Path(path).resolve() in folder.resolve().parents:
+            raise InputError(f"{folder} lies in {path}, which is being read: put --out elsewhere")
 
     folder.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)  # first to go and last to come: without it, no corpus
@@ -131,6 +135,9 @@ class TokenStream:
                 raise InputError(f"{path}: its tokenizer ({ids}) is not the model's ({mine})")
         self.starts = np.cumsum([0] + [header["tokens"] for _, header in self.shards])
         self.tokens = int(self.starts[-1])  # including the end-of-text tokens
+        wanted = json.loads((folder / "corpus.json").read_text("utf-8"))[split]["tokens"]
+        if self.tokens != wanted:
+            raise InputError(f"{folder}: {split} shards hold {self.tokens:,} tokens of {wanted:,}; prepare it again")
         if split == "train" and not len(self):
             needed = f"one crop of --block-size {block_size} needs {block_size + 1}"
             raise InputError(f"{folder}: {self.tokens} training tokens, {needed}; give more text")
@@ -406,7 +413,8 @@ def _local(source: str | Path, folder: Path) -> str | Path:
     """`source`, or the file in `folder` to which this URL was downloaded, now or earlier."""
     if not re.match("https?://", str(source)):
         return source
-    target = folder / (Path(urllib.parse.urlparse(source).path).name or "download")
+    file = Path(urllib.parse.urlparse(source).path).name or "download"
+    target = folder / f"{sha256(str(source).encode()).hexdigest()[:8]}-{file}"  # two sites may use one file name
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)

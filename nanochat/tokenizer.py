@@ -285,7 +285,7 @@ def main() -> None:
     """Train a byte-level BPE on text files and show what it saves."""
     parser = argparse.ArgumentParser(prog="python -m nanochat.tokenizer", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text files: the training split only")
-    parser.add_argument("--vocab-size", type=int, default=16384, help="ids in all (default: 16384)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="ids in all (default: 8192)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
     args = parser.parse_args()
 

@@ -110,6 +110,8 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
         best = False
         if evaluating:
             results = evaluate()
+            if not math.isfinite(results["val_loss"]):
+                raise InputError(f"step {progress.step}: validation loss {results['val_loss']}, so this step is not saved")
             best = results["val_loss"] < progress.best_loss
             progress.best_loss = min(progress.best_loss, results["val_loss"])
             progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
@@ -182,6 +184,24 @@ class TrainConfig:
     """compile the network: pays on GPUs; on a CPU only in runs of hours"""
     seed: int = 0
     """of the weights' start, the data order and dropout"""
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "accumulate": 1, "max_steps": 1, "eval_every": 1, "save_every": 1, "keep": 1,
+                 "patience": 1, "warmup_steps": 0, "weight_decay": 0, "seed": 0}
+        wrong = [
+            f"--{name.replace('_', '-')} is {value}, must be at least {low}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None and not value >= low
+        ]
+        wrong += [
+            f"--{name.replace('_', '-')} is {value}, must be above 0"
+            for name in ("max_minutes", "epochs", "learning_rate", "clip")
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]
+        if self.seed > 2**40:
+            wrong.append(f"--seed is {self.seed}, must be at most 2^40")
+        if wrong:
+            raise InputError("; ".join(wrong))
 
     def or_minutes(self, minutes: float) -> TrainConfig:
         """These settings, with a length of `minutes` if they name none."""
