@@ -767,3 +767,17 @@ def test_a_checkpoint_with_another_template_is_refused(saved, sample):
     (other / "last" / "nanochat.json").write_text(json.dumps(content | {"template": "nanochat-0"}), encoding="utf-8")
     code, _, err = sample("--checkpoint", "other", "--prompt", "a")
     assert code == 2 and "made with chat template 'nanochat-0'" in err
+
+
+def test_the_pipeline_of_hugging_face_gives_our_reply(make_model, tokenizer, tmp_path):
+    from transformers import pipeline
+
+    model = make_model(dtype=torch.float32, noise=0.3, vocab_size=tokenizer.vocab_size, block_size=64)
+    with torch.no_grad():  # the only control ids that a reply may meet are the two that end it, in both
+        model.wte.weight[[tokenizer.control[f"<|{role}|>"] for role in ("system", "user", "assistant")]] = 0
+    folder = checkpoint.save(tmp_path / "run", 1, model, tokenizer, settings={}, results={})
+    messages = [{"role": "user", "content": "Where do they go? 🙂"}]
+    chat = pipeline("text-generation", str(folder), max_new_tokens=16, do_sample=False)
+    theirs = chat(messages)[0]["generated_text"][-1]["content"]
+    ours = stream(model, tokenizer, render_prompt(messages, tokenizer), SampleConfig(16, temperature=0))
+    assert "".join(ours) == theirs != ""
