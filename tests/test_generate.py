@@ -779,5 +779,5 @@ def test_the_pipeline_of_hugging_face_gives_our_reply(make_model, tokenizer, tmp
     messages = [{"role": "user", "content": "Where do they go? 🙂"}]
     chat = pipeline("text-generation", str(folder), max_new_tokens=16, do_sample=False)
     theirs = chat(messages)[0]["generated_text"][-1]["content"]
-    ours = stream(model, tokenizer, render_prompt(messages, tokenizer), SampleConfig(16, temperature=0))
+    ours = generate.stream(model, tokenizer, render_prompt(messages, tokenizer), SampleConfig(16, temperature=0))
     assert "".join(ours) == theirs != ""
