@@ -61,7 +61,7 @@ def main() -> None:
             seconds += time.perf_counter() - started
             bar.update(time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    scores = evaluate.score(model, tokenizer, val.windows(4))
+    scores = evaluate.score(model, tokenizer, val.batches(4))
     print(f"{step} steps in {seconds:.0f} s, {step * 1024 / len(stream):.2f} epochs: "
           f"{scores['bits_per_byte']:.4f} bits per byte on the held-out titles, fp32")  # fmt: skip
 
