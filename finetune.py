@@ -6,13 +6,14 @@
 
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
 from data import find
-from nanochat import InputError, checkpoint, dialogue, evaluate, generate, runtime, training
+from nanochat import InputError, checkpoint, dialogue, evaluate, generate, runs, runtime, training
 from nanochat.dialogue import DialogueRows
 from nanochat.generate import SampleConfig
 from nanochat.training import TrainConfig
@@ -31,7 +32,7 @@ class Settings:
     out: Path = Path("out/finetuned")
     """run folder: checkpoints, metrics.jsonl, loss.png"""
     resume: bool = False
-    """go on from the last checkpoint in --out"""
+    """go on from the newest checkpoint in --out, with its settings, as if the run had never stopped"""
     overwrite: bool = False
     """delete what is in --out first"""
     block_size: int | None = None
@@ -46,13 +47,16 @@ class Settings:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings = parse()
+    step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)
+    if resume:
+        settings = training.settings_to_resume(settings, resume, parse)
     config = settings.training = settings.training.or_minutes(5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
-    dtype = runtime.pick_dtype(config.dtype, device)
-    resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
+    dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
 
     conversations, problems = dialogue.read(find(settings.data))
     if settings.val_data:
@@ -67,7 +71,7 @@ def main() -> None:
         print(f"left out {len(problems)} records in all", file=sys.stderr)
     check_sizes(train_split, val_split, test_split)
 
-    model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
+    model, tokenizer = checkpoint.load(step or settings.init)
     tokenizer = tokenizer.for_chat()
     if tokenizer.vocab_size > model.config.vocab_size:  # GPT-2's table has no rows for the chat tokens
         model.grow(tokenizer.vocab_size)
@@ -103,7 +107,7 @@ def main() -> None:
         return f"Hello, how are you? → {reply}"
 
     model.to(device)
-    if not settings.resume:
+    if not resume:
         print(f"test perplexity before: {score(test_rows, torch.float32)['perplexity']:.2f}")
     training.train(model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings),
                    device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)

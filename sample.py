@@ -6,7 +6,8 @@
 """
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import tyro
@@ -17,6 +18,8 @@ from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
 from nanochat.runtime import DTYPES, argument_text
 from nanochat.tokenizer import Tokenizer
+
+SAMPLES_AT_ONCE = 16  # of --num-samples: bounds the memory of the cache
 
 
 @dataclass
@@ -41,7 +44,9 @@ class Settings:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    # UseAppendAction: of `--stop a --stop b`, neither is lost
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
+    settings = tyro.cli(Settings, description=__doc__, config=config)
     settings.system = argument_text(settings.system)
     settings.prompt = None if settings.prompt is None else argument_text(settings.prompt)
     settings.sampling.stop = tuple(map(argument_text, settings.sampling.stop))
@@ -53,6 +58,12 @@ def main() -> None:
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
+    if settings.prompt is None and sys.stdin is None:  # closed, as by `<&-`
+        raise InputError("--prompt is missing, and there is no standard input to chat through")
+    if settings.prompt is None and settings.num_samples > 1:
+        raise InputError(f"--num-samples is {settings.num_samples}, but --prompt is missing")
+    if settings.system and not chats:
+        raise InputError("--system is of use only to a model fine-tuned on dialogue, and not with --raw")
     if settings.prompt is None:
         return talk(Chat(model, tokenizer, settings.sampling, settings.system))
     if chats:
@@ -63,23 +74,32 @@ def main() -> None:
 
 
 def talk(chat: Chat) -> None:
-    """Read lines from the terminal, or a pipe, and answer each until the end of the input."""
-    if sys.stdin.isatty():
-        print("Chat with the model; an empty line or Ctrl-D ends it.")
-    while True:
+    """Answer each line that the user types, or that a pipe brings, until the last."""
+    for text in lines():
         try:
-            text = input("> ") if sys.stdin.isatty() else sys.stdin.readline()
-        except EOFError:
-            return print()
-        if not text.strip():
-            return
-        try:
-            show(chat.ask(text.strip()))
+            show(chat.ask(text))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
+        except KeyboardInterrupt:  # ends the reply, of which the model remembers what is shown; at the prompt, the chat
+            if not sys.stdin.isatty():
+                raise
+            print()
         if chat.dropped:
             print(f"(the oldest {chat.dropped} messages no longer fit and were left out)", file=sys.stderr)
+
+
+def lines() -> Iterator[str]:
+    """What a user says: in a terminal up to an empty line or Ctrl-D, from a pipe every line with text."""
+    if not sys.stdin.isatty():
+        yield from filter(None, (line.strip("\ufeff \t\r\n") for line in sys.stdin))  # a BOM: from Windows' pipes
+        return
+    print("Chat with the model; Ctrl-C ends a reply, an empty line or Ctrl-D the chat.")
+    try:
+        while text := input("> ").strip():
+            yield text
+    except EOFError:
+        print()
 
 
 def answer(messages: Conversation, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -102,12 +122,14 @@ def print_continuations(before: str, prompt: list[int], model: GPT, tokenizer: T
     if settings.num_samples == 1:
         print(before, end="", flush=True)
         return show(generate.stream(model, tokenizer, prompt, settings.sampling))
-    prompts = [prompt] * settings.num_samples
-    for number, text in enumerate(generate.texts(model, tokenizer, prompts, settings.sampling), start=1):
-        print(f"--- {number}\n{before}{text}")
+    for start in range(0, settings.num_samples, SAMPLES_AT_ONCE):
+        prompts = [prompt] * min(SAMPLES_AT_ONCE, settings.num_samples - start)
+        config = replace(settings.sampling, seed=settings.sampling.seed + start)
+        for number, text in enumerate(generate.texts(model, tokenizer, prompts, config), start=start + 1):
+            print(f"--- {number}\n{before}{text}", flush=True)
 
 
-def show(pieces) -> None:
+def show(pieces: Iterable[str]) -> None:
     """Print pieces of text as they come."""
     for piece in pieces:
         print(piece, end="", flush=True)

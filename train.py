@@ -6,6 +6,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import tyro
 
 from data import find
-from nanochat import checkpoint, corpus, evaluate, generate, runtime, training
+from nanochat import InputError, checkpoint, corpus, evaluate, generate, runs, runtime, training
 from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -32,11 +33,11 @@ class Settings:
     val_data: str | None = None
     """held-out text, if not a tenth of --data"""
     init: str | None = None
-    """start from these weights (gpt2, a Hugging Face folder, a run folder) instead of random ones"""
+    """start from these weights and their tokenizer (gpt2, a Hugging Face folder, a run folder) instead of random ones"""
     out: Path = Path("out/pretrained")
     """run folder: checkpoints, metrics.jsonl, loss.png"""
     resume: bool = False
-    """go on from the last checkpoint in --out"""
+    """go on from the newest checkpoint in --out, with its settings, as if the run had never stopped"""
     overwrite: bool = False
     """delete what is in --out first"""
     vocab_size: int = corpus.VOCAB_SIZE
@@ -59,21 +60,29 @@ class Settings:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    settings = parse()
+    step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)
+    if resume:
+        settings = training.settings_to_resume(settings, resume, parse)
     config = settings.training = settings.training.or_minutes(2.5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
-    dtype = runtime.pick_dtype(config.dtype, device)
-    resume = checkpoint.open_run(settings.out, settings.resume, settings.overwrite)
+    dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
+
+    sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(Settings, name)]
+    if settings.init and sizes:
+        raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
     source = find(settings.data)
     val_source = find(settings.val_data) if settings.val_data else None
     model = tokenizer = None
-    if settings.resume or settings.init:
-        model, tokenizer = checkpoint.load(settings.out / "last" if settings.resume else settings.init)
-        settings.block_size = min(settings.block_size, model.config.block_size)
+    block_size = settings.block_size
+    if step or settings.init:
+        model, tokenizer = checkpoint.load(step or settings.init)
+        block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
     request = sha256(f"{source} {val_source} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
     name = f"{Path(source).name.split('.')[0]}-{request}"
@@ -85,11 +94,11 @@ def main() -> None:
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
     train_split, val_split = (
-        corpus.TokenStream(folder, split, tokenizer, settings.block_size) for split in ("train", "val")
+        corpus.TokenStream(folder, split, tokenizer, block_size) for split in ("train", "val")
     )
 
     def evaluation() -> dict[str, float]:
-        first = EVALUATION_TOKENS // (config.batch_size * settings.block_size)
+        first = EVALUATION_TOKENS // (config.batch_size * block_size)
         scores = evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), first + 1), dtype)
         return {f"val_{key}": value for key, value in scores.items()}
 

@@ -1,42 +1,40 @@
 """The one door to weights: folders that are Hugging Face GPT-2 checkpoints.
 
-    out/
-      metrics.jsonl  loss.png                 written by training.py
-      best -> step-000400    last -> step-000400
-      step-000400/
-        config.json  generation_config.json  model.safetensors      a Hugging Face folder
-        tokenizer.json  tokenizer_config.json
-        nanochat.json    step, results, settings, template, tokenizer hash, versions
-        resume/state.pt  optimizer, scaler, random state, data position
+    step-000400/
+      config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+      nanochat.json    for people: step, results, settings, template, tokenizer hash, versions
 
-A step folder is written as `.tmp-…`, flushed to disk and renamed once, so it is whole or absent;
-`best` and `last` are swapped by one rename each. Our parameter names are GPT-2's, so a
-conversion adds or strips the prefix "transformer." and transposes four matrices a block:
-GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
+Our parameter names are GPT-2's, so a conversion adds or strips the prefix "transformer." and
+transposes four matrices a block: GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
+Where a step of a run (runs.py) has its SHA256SUMS, what is not as it was saved is never loaded.
 
 `load` also opens what people have: Hugging Face folders (.safetensors or .bin, sharded or not),
 hub names, nanoGPT's ckpt.pt. Pickles are read with weights_only=True: they cannot run code.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat import InputError, __version__, runtime
+from nanochat import InputError, runtime
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
 
 GPT2_WEIGHTS = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+SUMS = "SHA256SUMS"
 PREFIX = "transformer."
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module)\.")  # what torch.compile and DDP put into names
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -94,6 +92,7 @@ def load(source: str | Path) -> tuple[GPT, Tokenizer]:
     one row per id of the tokenizer: fewer raise InputError, surplus rows are cut with a line.
     """
     path = locate(source)
+    verify(path)
     config, tensors, conv1d = read(path)
     state = to_our_layout(tensors, conv1d, path)
     tokenizer = Tokenizer.gpt2() if path.is_file() else read_tokenizer(path, config)
@@ -109,11 +108,23 @@ def load(source: str | Path) -> tuple[GPT, Tokenizer]:
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
     """A GPT with exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
+    C = config.n_embd
+    # First the sizes alone: a network of a billion layers, of which the file holds two, would never be built.
+    sizes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C), f"h.{config.n_layer - 1}.ln_1.weight": (C,)}
+    stop_if_misfit(sizes, state, path)
     with torch.device("meta"):
         model = GPT(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stop_if_misfit(wanted, state, path, [f"unexpected {name}" for name in state if name not in wanted])
+    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def stop_if_misfit(wanted: dict[str, tuple], state: dict[str, Tensor], path: Path, unexpected: Sequence[str] = ()) -> None:
+    """InputError names each tensor of `wanted` that is missing or mis-shaped, and the unexpected ones."""
     wrong = [f"missing {name}" for name in wanted if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in wanted]
+    wrong += unexpected
     wrong += [
         f"{name} is {tuple(state[name].shape)}, must be {shape}"
         for name, shape in wanted.items()
@@ -121,10 +132,12 @@ def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
     ]
     if wrong:
         more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(f"{path}: weights do not fit the network: {'; '.join(wrong[:8])}{more}")
-    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
-    model.requires_grad_(True)
-    return model.eval()
+        raise InputError(f"{path}: weights do not fit the network: {shortened('; '.join(wrong[:8]))}{more}")
+
+
+def shortened(text: str) -> str:
+    """A text out of a file, as part of one line."""
+    return " ".join(text.split())[:1000]
 
 
 def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Path:
@@ -132,7 +145,7 @@ def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Pa
     path = Path(source)
     if path.is_dir():
         for pointer in prefer:
-            if (path / pointer).exists():
+            if os.path.lexists(path / pointer):
                 return followed(path / pointer)
         if (path / "config.json").exists():
             return path
@@ -149,7 +162,15 @@ def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Pa
 
 def followed(pointer: Path) -> Path:
     """The step that `best` or `last` names: a link or, where those are forbidden, a file with its name."""
-    return pointer if pointer.is_dir() else pointer.with_name(pointer.read_text(encoding="utf-8").strip())
+    if pointer.is_symlink():
+        name = os.readlink(pointer)
+    elif pointer.is_dir():  # scp and zip put a copy of the step where the link was
+        name = f"step-{str(read_json(pointer / 'nanochat.json').get('step')).zfill(6)}"
+    else:
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name) or not (pointer.parent / name).is_dir():
+        raise InputError(f"{pointer} names {name[:40]!r}, which is no checkpoint of this run; point it at one, or delete it")
+    return pointer.parent / name
 
 
 def download(name: str) -> Path:
@@ -192,7 +213,10 @@ def read(path: Path) -> Source:
         raise InputError(f"{path}: no model.safetensors or pytorch_model.bin, nor an index of shards")
     shards = [found[0]]
     if found[0].suffix == ".json":
-        shards = [path / name for name in sorted(set(read_json(found[0]).get("weight_map", {}).values()))]
+        files = read_json(found[0]).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]{1,255}", name) for name in files.values()):
+            raise InputError(f"{found[0]}: damaged: no weight_map from tensors to files beside it")
+        shards = [path / name for name in sorted(set(files.values()))]
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(shard)
@@ -209,13 +233,17 @@ def to_our_layout(tensors: dict[str, Tensor], conv1d: bool, path: Path) -> dict[
     """Tensors by their names there → tensors by our names, in nn.Linear's layout."""
     state: dict[str, Tensor] = {}
     for there, w in tensors.items():
+        if not isinstance(there, str) or not isinstance(w, Tensor):
+            raise InputError(f"{path}: holds {shortened(repr(there))}, a {type(w).__name__}: not only tensors with names")
         name = name_here(there)
         if name in state:
-            raise InputError(f"{path}: holds {name} twice, the second time as {there}")
+            raise InputError(f"{path}: holds {shortened(name)} twice, the second time as {shortened(there)}")
         if name is not None:
-            state[name] = w.t() if conv1d and name.endswith(TRANSPOSED) else w
+            if not (w.is_floating_point() and w.layout is torch.strided and w.device.type == "cpu"):
+                raise InputError(f"{path}: {shortened(there)} is {w.dtype}, {w.layout}: only plain floating-point weights are read")
+            state[name] = w.t() if conv1d and name.endswith(TRANSPOSED) and w.dim() == 2 else w
     for there, w in tensors.items():
-        if there.endswith("lm_head.weight") and "wte.weight" in state and not torch.equal(w, state["wte.weight"]):
+        if there.endswith("lm_head.weight") and "wte.weight" in state and not torch.equal(w.float(), state["wte.weight"].float()):
             raise InputError(f"{path}: {there} differs from wte.weight; an untied head is not implemented")
     return state
 
@@ -239,32 +267,43 @@ def read_config(path: Path) -> GPTConfig:
     if fields.get("embd_pdrop", 0.1) != fields.get("resid_pdrop", 0.1):
         wrong.append("embd_pdrop differs from resid_pdrop; one dropout serves both")
     if wrong:
-        raise InputError(f"{path}: not implemented here: {'; '.join(wrong)}")
-    defaults = {"dropout": 0.1, "attention_dropout": 0.1}  # what an absent field means in Hugging Face
+        raise InputError(f"{path}: not implemented here: {shortened('; '.join(wrong))}")
+    return config_of({"dropout": 0.1, "attention_dropout": 0.1} | values, path)  # what absent fields mean in Hugging Face
+
+
+def config_of(values: dict, path: Path) -> GPTConfig:
+    """GPTConfig of values from a file; InputError names those that cannot be."""
+    kinds = {"n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "activation": str}
+    wrong = [f"{name} is {values[name]!r}, must be {'a text' if kind is str else 'a whole number'}"
+             for name, kind in kinds.items() if name in values and type(values[name]) is not kind]
+    wrong += [f"{name} is {values[name]!r}, must be a number from 0 to 1" for name in ("dropout", "attention_dropout", "layer_norm_epsilon")
+              if name in values and (type(values[name]) not in (int, float) or not 0 <= values[name] < 1)]
+    if wrong:
+        raise InputError(f"{path}: {shortened('; '.join(wrong))}")
     try:
-        return GPTConfig(**defaults | values)
-    except (InputError, TypeError) as error:  # TypeError: a size that is no number
-        raise InputError(f"{path}: {error}") from None
+        return GPTConfig(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {shortened(str(error))}") from None
 
 
 def read_nanogpt(path: Path) -> Source:
     """nanoGPT's ckpt.pt. Its GELU is the erf form; absent biases (bias=False) are zeros."""
     content = read_tensors(path)
-    if not isinstance(content.get("model"), dict) or "model_args" not in content:
-        raise InputError(f"{path}: keys are {list(content)[:8]}; a nanoGPT checkpoint has model and model_args")
+    if not isinstance(content.get("model"), dict) or not isinstance(content.get("model_args"), dict):
+        raise InputError(f"{path}: keys are {shortened(str(list(content)[:8]))}; a nanoGPT checkpoint has model and model_args")
     args, tensors = content["model_args"], content["model"]
-    shape = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    if shape["vocab_size"] not in (50257, 50304):
+    dropout = args.get("dropout", 0.0)
+    shape = {name: args.get(name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    config = config_of(shape | {"dropout": dropout, "attention_dropout": dropout, "activation": "gelu"}, path)
+    if config.vocab_size not in (50257, 50304):
         raise InputError(
-            f"{path}: vocab_size {shape['vocab_size']:,} is not GPT-2's 50,257 (or 50,304 padded), "
+            f"{path}: vocab_size {config.vocab_size:,} is not GPT-2's 50,257 (or 50,304 padded), "
             f"and the file holds no tokenizer"
         )
-    dropout = args.get("dropout", 0.0)
-    config = GPTConfig(**shape, dropout=dropout, attention_dropout=dropout, activation="gelu")
     if not args.get("bias", True):
-        with torch.device("meta"):
-            parameters = dict(GPT(config).named_parameters())
-        tensors |= {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith("bias")}
+        vectors = {str(name).removesuffix("weight") + "bias": w for name, w in tensors.items()
+                   if isinstance(w, Tensor) and w.dim() and re.search(r"\bh\.\d+\..*\.weight$|\bln_f\.weight$", str(name))}
+        tensors |= {name: torch.zeros(len(w)) for name, w in vectors.items()}
     return Source(config, tensors, conv1d=False)
 
 
@@ -301,76 +340,31 @@ def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
     return tokenizer
 
 
-# ------------------------------------------------------------------ writing
+def verify(folder: Path, resume: bool = False) -> None:
+    """Check the files of a checkpoint against its SHA256SUMS, if it has any; without `resume`, only what `load` reads.
 
-
-def open_run(out: Path, resume: bool, overwrite: bool) -> dict | None:
-    """Look at the run folder before anything is prepared; with resume, the state of its last step.
-
-    A folder that holds a run is never written over unasked: InputError names the two flags.
+    InputError names the first file that is missing or not what was saved.
     """
-    if resume:
-        if not out.is_dir():
-            raise InputError(f"--resume: there is no run folder {out}")
-        remove_litter(out)
-        return read_tensors(locate(out, ("last",)) / "resume" / "state.pt")
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")
-    return None
+    if not (sums := folder / SUMS).is_file():
+        return
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        expected, _, name = line.partition("  ")
+        if name.startswith("resume/") and not resume:
+            continue
+        if not re.fullmatch(r"[0-9a-f]{64}", expected) or not re.fullmatch(r"(resume/)?[\w-]+\.\w+", name):
+            raise InputError(f"{sums}: damaged: {line[:80]!r}; without this file, the others are taken as they are")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing from this checkpoint")
+        if sha256_of(folder / name) != expected:
+            raise InputError(f"{folder / name}: not as it was saved: damaged, or changed by hand (then delete {SUMS} beside it)")
 
 
-def clear_run(out: Path) -> None:
-    """Delete the run in `out`, and nothing else there: when all is ready, so that an error costs none."""
-    out.mkdir(parents=True, exist_ok=True)
-    remove_litter(out)
-    for name in ("best", "last", "metrics.jsonl", "loss.png"):
-        (out / name).unlink(missing_ok=True)
-    for step in saved_steps(out):
-        shutil.rmtree(step)
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def saved_steps(out: Path) -> list[Path]:
-    """The step folders of a run, oldest first."""
-    steps = [path for path in out.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(steps, key=lambda path: int(path.name[5:]))
-
-
-def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,
-         resume: dict | None = None, best: bool = False, keep: int = 2) -> Path:
-    """Write out/step-NNNNNN, point `last` (and, if best, `best`) at it, drop older steps but `keep`."""
-    out = Path(out)
-    final, temporary = out / f"step-{step:06d}", out / f".tmp-step-{step:06d}"
-    remove_litter(out)
-    temporary.mkdir(parents=True)
-    write_hugging_face(temporary, model, tokenizer)
-    about = {
-        "step": step,
-        "results": results,
-        "settings": settings,
-        "template": TEMPLATE_NAME if tokenizer.chat_template else None,
-        "tokenizer_hash": tokenizer.hash,
-        "versions": {"nanochat": __version__, "torch": torch.__version__},
-    }
-    write_json(temporary / "nanochat.json", about)
-    if resume is not None:
-        (temporary / "resume").mkdir()
-        torch.save(resume, temporary / "resume" / "state.pt")
-    for path in [*temporary.rglob("*"), temporary]:
-        flush_to_disk(path)
-    if final.exists():  # the same step saved again, by a run that repeats it
-        os.replace(final, out / f".tmp-old-{final.name}")
-    os.replace(temporary, final)
-    flush_to_disk(out)
-    point(out / "last", final)
-    if best:
-        point(out / "best", final)
-    kept = {locate(out, (name,)).resolve() for name in ("best", "last") if (out / name).exists()}
-    steps = saved_steps(out)
-    for old in steps[: max(0, len(steps) - keep)]:
-        if old.resolve() not in kept:
-            shutil.rmtree(old)
-    remove_litter(out)
-    return final
+# ------------------------------------------------------------------ writing
 
 
 def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -392,36 +386,6 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors ignores the umask
     tokenizer.save(folder)
-
-
-def point(pointer: Path, target: Path) -> None:
-    """Make `pointer` name `target`, its neighbour, in one step: a link, or a file with the name."""
-    temporary = pointer.with_name(f".tmp-{pointer.name}")
-    try:
-        temporary.symlink_to(target.name)
-    except OSError:
-        temporary.write_text(target.name + "\n", encoding="utf-8")
-    os.replace(temporary, pointer)
-    flush_to_disk(pointer.parent)
-
-
-def remove_litter(out: Path) -> None:
-    """Remove what an interrupted save left behind; a step that it had only moved aside comes back."""
-    for aside in Path(out).glob(".tmp-old-*"):
-        if not (final := aside.with_name(aside.name.removeprefix(".tmp-old-"))).exists():
-            os.replace(aside, final)
-    for litter in Path(out).glob(".tmp-*"):
-        shutil.rmtree(litter) if litter.is_dir() and not litter.is_symlink() else litter.unlink()
-
-
-def flush_to_disk(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle on a folder to flush
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -447,9 +411,13 @@ def main() -> None:
     model, tokenizer = load(args.source)  # stops here, with their names, if any are missing or unexpected
     temporary = args.destination.with_name(f".tmp-{args.destination.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_hugging_face(temporary, model, tokenizer)
-    os.replace(temporary, args.destination)
+    try:
+        temporary.mkdir(parents=True)
+        write_hugging_face(temporary, model, tokenizer)
+        os.replace(temporary, args.destination)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{args.destination} cannot be written ({shortened(str(error))})") from None
     total = sum(p.numel() for p in model.parameters())
     print(f"missing: none; unexpected: none; {total:,} parameters; {model.config}")
     print(f"wrote {args.destination}")

@@ -4,8 +4,10 @@
 (open them: this is what the model reads), trains a tokenizer on the first if none was given, and
 encodes both into shards. `corpus.json` comes last: a folder without it is unfinished and made
 anew, one that answers the same request is used at once. A tenth of the documents is held out by a
-hash of the title: the same articles on every machine. `TokenStream` reads the shards as one row of
-ids: an end-of-text, then every document followed by its own. Memory is a few MB for any source.
+hash of the title: the same articles on every machine. Where that would hold out nothing, or over a third
+of the characters (one large file among few), the last tenth of the whole is held out instead.
+`TokenStream` reads the shards as one row of ids: an end-of-text, then every document followed by its
+own. Memory is a few MB for any source.
 
 Sources: GPT-2 (Radford et al. 2019) for crops that run across documents; wikitext.py cleans.
 """
@@ -16,11 +18,16 @@ import json
 import multiprocessing
 import os
 import re
+import reprlib
+import signal
+import threading
 import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain, count, islice
 from pathlib import Path
@@ -34,10 +41,11 @@ from tqdm import tqdm
 from nanochat import InputError, wikitext
 from nanochat.model import IGNORED, Batch
 from nanochat.runtime import run_as_script
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, not_utf8, read_json
 
-VERSION = 1  # of the cleaning rules and the shard format; a new number makes old folders anew
+VERSION = 2  # of the cleaning rules and the shard format; a new number makes old folders anew
 HELD_OUT = 0.10  # of the titles
+HELD_OUT_MOST = 1 / 3  # of the characters; beyond, the titles are too few for a fair draw
 SALT = b"nanochat: "  # chosen once, so that the Wikipedia sample holds out near a tenth of its text too
 VOCAB_SIZE = 8_192  # train.py's default: better than 16,384 after five minutes on the Wikipedia sample
 TOKENIZER_DOCUMENTS = 100_000  # to learn merges from; more cost hours and hardly move a merge
@@ -47,7 +55,6 @@ PIECE = 1 << 16  # bytes read at a time, and the length at which a text file is 
 ALONE = 200  # articles cleaned in this process before others are started, which takes a second
 QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
 SUFFIXES = (".txt", ".md", ".jsonl", ".xml", ".bz2")  # of the files that a folder is searched for
-NOT_UTF8 = "{}: not UTF-8 at byte {}; convert it, e.g. iconv -f gbk -t utf-8"
 
 
 def prepare(
@@ -72,19 +79,24 @@ def prepare(
     if (Path(source) / "corpus.json").exists():
         if val_source:
             raise InputError(f"{source} was prepared with its own held-out text; leave out --val-data")
+        _manifest(Path(source))
         return Path(source)
-    if tokenizer and vocab_size:
+    if tokenizer and vocab_size is not None:
         raise InputError(f"give a tokenizer or --vocab-size {vocab_size}, not both")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers is {workers}, must be at least 1")
+    vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
+    Tokenizer.train([], vocab_size)  # refuses a bad size now, not in an hour
     folder = Path(folder)
     source, val_source = _local(source, folder.parent), val_source and _local(val_source, folder.parent)
     request = {
         "version": VERSION,
         "source": _fingerprint(source),
         "val_source": val_source and _fingerprint(val_source),
-        "tokenizer": tokenizer.hash if tokenizer else f"own, {vocab_size or VOCAB_SIZE} ids",
+        "tokenizer": tokenizer.hash if tokenizer else f"own, {vocab_size} ids",
     }
     manifest = folder / "corpus.json"
-    if manifest.exists() and json.loads(manifest.read_text("utf-8"))["request"] == request:
+    if manifest.exists() and _manifest(folder, any_version=True)["request"] == request:
         print(f"{folder}: already prepared from {source}")
         return folder
     for path in filter(None, (source, val_source)):
@@ -100,7 +112,7 @@ def prepare(
     held_out = _write_splits(source, val_source, folder, workers)
     if tokenizer is None:
         texts = islice(_texts(folder / "train.jsonl"), TOKENIZER_DOCUMENTS)
-        tokenizer = Tokenizer.train(texts, vocab_size or VOCAB_SIZE)
+        tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(folder)
     sums = {split: _write_shards(folder, split, tokenizer) for split in ("train", "val")}
     about = {"request": request, "tokenizer_hash": tokenizer.hash, **sums, "held_out": held_out}
@@ -108,7 +120,7 @@ def prepare(
     partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(partial, manifest)
     for split in sums:
-        print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in sums[split].items()))
+        print(f"{split}: " + ", ".join(f"{sums[split][what]:,} {what}" for what in ("documents", "bytes", "tokens")))
     print(f"held out {len(held_out):,}: {', '.join(held_out[:4])}{' …' if held_out[4:] else ''}")
     return folder
 
@@ -118,15 +130,16 @@ class TokenStream:
 
     Crops run across document boundaries, as in GPT-2's training. Ids are read from the file when
     asked for: pages of a memory map would count as this process's memory, up to the whole corpus.
+    `fingerprint` is the SHA-256 of all ids of the split as they were written.
     Raises InputError for a folder that is unfinished, damaged, made with another tokenizer, or
     (training split) too short for one crop.
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: Tokenizer, block_size: int):
         folder = Path(folder)
-        if not (folder / "corpus.json").exists():
-            raise InputError(f"{folder} has no corpus.json: not prepared, or not to the end")
-        self.block_size, self.end_of_text = block_size, tokenizer.end_of_text
+        about = _manifest(folder)[split]
+        self.folder, self.vocab_size, self.end_of_text = folder, tokenizer.vocab_size, tokenizer.end_of_text
+        self.block_size, self.fingerprint = block_size, about["sha256"]
         self.shards = [(path, _header(path)) for path in sorted(folder.glob(f"{split}-*.bin"))]
         for path, header in self.shards:
             if header["tokenizer_hash"] != tokenizer.hash:
@@ -135,9 +148,11 @@ class TokenStream:
                 raise InputError(f"{path}: its tokenizer ({ids}) is not the model's ({mine})")
         self.starts = np.cumsum([0] + [header["tokens"] for _, header in self.shards])
         self.tokens = int(self.starts[-1])  # including the end-of-text tokens
-        wanted = json.loads((folder / "corpus.json").read_text("utf-8"))[split]["tokens"]
-        if self.tokens != wanted:
-            raise InputError(f"{folder}: {split} shards hold {self.tokens:,} tokens of {wanted:,}; prepare it again")
+        if self.tokens != about["tokens"]:
+            raise InputError(
+                f"{folder}: {split} shards hold {self.tokens:,} tokens of {about['tokens']:,}; "
+                f"delete corpus.json and prepare again"
+            )
         if split == "train" and not len(self):
             needed = f"one crop of --block-size {block_size} needs {block_size + 1}"
             raise InputError(f"{folder}: {self.tokens} training tokens, {needed}; give more text")
@@ -177,7 +192,13 @@ class TokenStream:
             if low < high:
                 offset = HEADER + low * np.dtype(header["dtype"]).itemsize
                 parts.append(np.fromfile(path, header["dtype"], high - low, offset=offset))
-        return np.concatenate(parts).astype(np.int64)
+        ids = np.concatenate(parts).astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise InputError(
+                f"{self.folder}: damaged: id {ids.max()} near token {start:,}, but the tokenizer has "
+                f"{self.vocab_size:,} ids; delete corpus.json and prepare again"
+            )
+        return ids
 
 
 # ---- splits and shards --------------------------------------------------------------------------
@@ -198,8 +219,8 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
         for title, text in documents(val_source, workers=workers) if val_source else ():
             yield "val", title, text
 
-    def last_tenth(whole: Path, left: int) -> Iterator[tuple[str, str, str]]:
-        for title, text in _records(whole):
+    def last_tenth(left: int) -> Iterator[tuple[str, str, str]]:
+        for title, text in documents(source, workers=workers):
             cut = min(left, len(text))
             left -= cut
             if cut < len(text):  # back to a line break, if there is one near
@@ -220,22 +241,20 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
         return characters, list(held_out)
 
     characters, held_out = write(by_title())
-    if 0 in characters.values() and not val_source:  # one document, or few on the same side
-        whole, total = folder / "whole.jsonl", sum(characters.values())
-        os.replace(folder / ("train.jsonl" if characters["train"] else "val.jsonl"), whole)
-        characters, held_out = write(last_tenth(whole, round(total * (1 - HELD_OUT))))
-        whole.unlink()
+    total = sum(characters.values())
+    if not val_source and not 0 < characters["val"] <= HELD_OUT_MOST * total:  # too few titles
+        characters, held_out = write(last_tenth(round(total * (1 - HELD_OUT))))
     if 0 in characters.values():
         raise InputError(f"{source}: {characters} characters, but both splits need text; give more")
     return held_out
 
 
 def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, int]:
-    """Encode `split`.jsonl into shards that end where a document ends; return the sums."""
+    """Encode `split`.jsonl into shards that end where a document ends; return the sums, and SHA-256 of the ids."""
     header = {"magic": "nanochat tokens", "version": VERSION, "vocab_size": tokenizer.vocab_size}
     header["dtype"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     header["tokenizer_hash"] = tokenizer.hash
-    total = {"documents": 0, "bytes": 0, "tokens": 0}
+    total, digest = {"documents": 0, "bytes": 0, "tokens": 0}, sha256()
     with _bar(f"encoding {split}", (folder / f"{split}.jsonl").stat().st_size) as bar:
         stream = _texts(folder / f"{split}.jsonl")
         for number in count():
@@ -246,7 +265,8 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, i
                     ids = [] if total["tokens"] + sums["tokens"] else [tokenizer.end_of_text]
                     for document in tokenizer.encode_batch(texts):
                         ids += [*document, tokenizer.end_of_text]
-                    shard.write(np.array(ids, header["dtype"]).tobytes())
+                    shard.write(data := np.array(ids, header["dtype"]).tobytes())
+                    digest.update(data)
                     size = sum(len(text.encode("utf-8")) for text in texts)
                     for key, n in zip(sums, (len(texts), size, len(ids)), strict=True):
                         sums[key] += n
@@ -256,19 +276,39 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, i
                 shard.write(json.dumps(header | sums).encode("ascii").ljust(HEADER))
             total = {key: total[key] + sums[key] for key in total}
             if not texts:
-                return total
+                return total | {"sha256": digest.hexdigest()}
+
+
+def _manifest(folder: Path, any_version: bool = False) -> dict:
+    """corpus.json; InputError if it is damaged. Of another version, if asked for, only "request" is certain."""
+    path = folder / "corpus.json"
+    if not path.exists():
+        raise InputError(f"{folder} has no corpus.json: not prepared, or not to the end")
+    about = read_json(path)
+    version = request.get("version") if isinstance(request := about.get("request"), dict) else None
+    splits = [sums for sums in (about.get("train"), about.get("val")) if isinstance(sums, dict)]
+    kinds = [(type(sums.get("tokens")), type(sums.get("sha256"))) for sums in splits]
+    whole = kinds == [(int, str)] * 2 if version == VERSION else any_version and version is not None
+    if not whole:
+        raise InputError(f"{path} is damaged or of another version: delete it and prepare again")
+    return about
 
 
 def _header(path: Path) -> dict:
     """The header of a shard: vocab_size, dtype, tokenizer_hash; documents, bytes and tokens in it."""
     with open(path, "rb") as shard:
         head = shard.read(HEADER)
-    header = json.loads(head) if head.startswith(b'{"magic": "nanochat tokens"') else {}
-    if header.get("version") != VERSION:
-        raise InputError(f"{path} is no shard of version {VERSION}: delete it and prepare again")
+    try:
+        header = json.loads(head) if head.startswith(b'{"magic": "nanochat tokens"') else {}
+    except ValueError:
+        header = {}
+    kinds = [type(header.get(key)) for key in ("vocab_size", "tokens", "tokenizer_hash")]
+    sound = kinds == [int, int, str] and header["tokenizer_hash"].isalnum() and header.get("dtype") in ("<u2", "<u4")
+    if header.get("version") != VERSION or not sound:
+        raise InputError(f"{path} is no shard of version {VERSION}, or damaged: delete corpus.json and prepare again")
     size = HEADER + header["tokens"] * np.dtype(header["dtype"]).itemsize
     if path.stat().st_size != size:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: prepare again")
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: delete corpus.json and prepare again")
     return header
 
 
@@ -326,7 +366,7 @@ def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterato
             if not head:
                 raise InputError(f"{path} is empty")
             if b"\0" in head:
-                raise InputError(f"{path} has zero bytes, so it is not UTF-8 text: convert it")
+                raise InputError(f"{path}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8")
             if re.match(rb"(<\?xml[^>]*>\s*)?<mediawiki", head):
                 pairs = _wikipedia(file, workers)
             elif suffix == ".xml":
@@ -338,13 +378,17 @@ def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterato
                 yield pair
         except EOFError as error:
             raise InputError(f"{path} ends too early: copy or download it again") from error
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError) as error:  # LookupError: an unknown encoding
             raise InputError(f"{path}: broken XML, {error}") from error
+        except OSError as error:  # bz2 does not name the file
+            raise InputError(f"{path}: {error}; copy or download it again") from error
+        except BrokenProcessPool as error:
+            raise InputError(f"{path}: a process that cleans it died (of memory?); try --workers 1") from error
 
 
 def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
     """Pieces of at most 2 · PIECE bytes, cut at a blank line, else a line, else a character."""
-    position, rest = 0, b""
+    position, line, rest = 0, 1, b""
     while (chunk := file.read(PIECE)) or rest:
         rest += chunk
         cut = len(rest)
@@ -352,26 +396,29 @@ def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
             lead = len(rest.rstrip(bytes(range(0x80, 0xC0)))) - 1  # where the last character starts
             cut = rest.rfind(b"\n\n") + 1 or rest.rfind(b"\n") + 1 or max(lead, 1)
         try:
-            text = rest[:cut].decode("utf-8" if position else "utf-8-sig")
+            text = rest[:cut].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(NOT_UTF8.format(name, position + error.start)) from error
-        yield name, text.replace("\r\n", "\n")
-        position, rest = position + cut, rest[cut:]
+            raise not_utf8(name, error, line, position) from error
+        yield name, text.removeprefix("" if position else "\ufeff").replace("\r\n", "\n")
+        position, line, rest = position + cut, line + rest.count(b"\n", 0, cut), rest[cut:]
 
 
 def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         where = f"{name}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8-sig")) if line.strip() else {"text": ""}
+            text = line.decode("utf-8").removeprefix("\ufeff").rstrip()
+            record = json.loads(text) if text else {"text": ""}
         except UnicodeDecodeError as error:
-            raise InputError(NOT_UTF8.format(where, error.start)) from error
-        except ValueError as error:
-            raise InputError(f"{where}: not a JSON object ({error})") from error
+            raise not_utf8(name, error, number) from error
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{where}: not a JSON object ({reason})") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            seen = list(record) if isinstance(record, dict) else type(record).__name__
+            seen = reprlib.repr(list(record)) if isinstance(record, dict) else type(record).__name__
             raise InputError(f'{where}: must be an object whose "text" is a string, not {seen}')
-        yield str(record.get("title") or where), record["text"]
+        title = record.get("title")
+        yield str(title) if title and isinstance(title, (str, int)) else where, record["text"]
 
 
 def _read_hub(source: Path) -> Iterator[tuple[str, str]]:
@@ -396,14 +443,38 @@ def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]
     # "spawn", since a forked copy of a process with threads (torch, tokenizers) may hang. A queue,
     # since Executor.map would read the whole dump before the first result.
     context, queue = multiprocessing.get_context("spawn"), deque()
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _follow_parent)
+    try:
         for title, markup in articles:
-            queue.append((title, pool.submit(wikitext.clean, markup)))
+            with _interrupts_wait():
+                queue.append((title, pool.submit(wikitext.clean, markup)))
             if len(queue) == QUEUE:
                 title, text = queue.popleft()
                 yield title, text.result()
         for title, text in queue:
             yield title, text.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C back; processes started in here inherit that, so it stops this one only."""
+    if os.name == "nt":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---- small parts --------------------------------------------------------------------------------

@@ -14,16 +14,18 @@ once; several short windows share a row, kept apart by their segment numbers.
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanochat import InputError
 from nanochat.model import IGNORED, Batch
-from nanochat.tokenizer import END_OF_TURN, ROLES, Tokenizer
+from nanochat.tokenizer import END_OF_TURN, ROLES, Tokenizer, not_utf8
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Conversation = list[Message]
@@ -69,11 +71,11 @@ def read(path: Path) -> tuple[list[Conversation], list[str]]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f gbk -t utf-8"
-        ) from None
+        raise not_utf8(path, error) from None
+    if "\0" in text:
+        raise InputError(f"{path}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8")
     records = _read_blocks(text) if path.suffix.lower() == ".txt" else _read_json(text)
     conversations, problems = [], []
     for line, record in records:
@@ -88,19 +90,24 @@ def read(path: Path) -> tuple[list[Conversation], list[str]]:
 
 
 def _read_json(text: str) -> Iterator[tuple[int, object]]:
-    """(line number, record) pairs; a record that is not JSON becomes the error that it raised."""
+    """(line number, record) pairs; a record that is not JSON becomes the error that it is."""
     if text.lstrip().startswith("["):  # one array: the n-th record is all that can be named
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            yield error.lineno, error
+        line, records = _parse(text)
+        yield from enumerate(records, start=1) if isinstance(records, list) else [(line, records)]
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, error
+            yield number, _parse(line)[1]
+
+
+def _parse(text: str) -> tuple[int, object]:
+    """(line of the error if there is one, the JSON value or the error)."""
+    try:
+        return 1, json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.lineno, InputError(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        return 1, InputError(f"not JSON: {error}")
 
 
 def _read_blocks(text: str) -> Iterator[tuple[int, object]]:
@@ -126,8 +133,8 @@ def normalise(record: object) -> Conversation:
     Consecutive messages of one role are joined by a newline. A usable conversation has a reply
     and, if it has a system message, has it first.
     """
-    if isinstance(record, json.JSONDecodeError):
-        raise InputError(f"not JSON: {record.msg} at column {record.colno}")
+    if isinstance(record, InputError):
+        raise record
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with messages")
     if "conversations" in record:
@@ -135,14 +142,14 @@ def normalise(record: object) -> Conversation:
     elif "messages" in record:
         turns, role_key, text_key, names = record["messages"], "role", "content", {r: r for r in ROLES}
     else:
-        raise InputError(f'keys are {list(record)}, must have "messages" or "conversations"')
+        raise InputError(f'keys are {reprlib.repr(list(record))}, must have "messages" or "conversations"')
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError("messages must be a list of objects")
     messages: Conversation = []
     for turn in turns:
         role, content = turn.get(role_key), turn.get(text_key)
         if role not in list(names):  # in a list: a role of the wrong type has no hash
-            raise InputError(f"role {role!r}, must be one of {list(names)}")
+            raise InputError(f"role {reprlib.repr(role)}, must be one of {list(names)}")
         if not isinstance(content, str):
             raise InputError(f"{text_key} of a {role} message is {type(content).__name__}, must be text")
         if messages and messages[-1]["role"] == names[role]:
@@ -258,6 +265,16 @@ class DialogueRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows, in order: equal only for equal windows with equal masks in equal rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for window in row:
+                digest.update(np.array([len(row), len(window.ids), *window.ids], "<i4").tobytes())
+                digest.update(bytes(window.supervised))
+        return digest.hexdigest()
 
     @property
     def supervised_tokens(self) -> int:

@@ -11,6 +11,7 @@ repetition penalty, Keskar et al. 2019; their order and edges as in Hugging Face
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile, tee
 
 import torch
 from torch import Tensor
@@ -45,10 +46,11 @@ class SampleConfig:
     def __post_init__(self):
         bounds = {
             "max_new_tokens": (1, None),
-            "temperature": (0, None),
+            "temperature": (0, 100),
             "top_k": (0, None),
             "top_p": (0, 1),
             "min_p": (0, 1),
+            "repetition_penalty": (0.01, 100),
         }
         wrong = []
         for name, (low, high) in bounds.items():
@@ -56,8 +58,6 @@ class SampleConfig:
             if not (value >= low and (high is None or value <= high)):
                 limit = f"at least {low}" if high is None else f"from {low} to {high}"
                 wrong.append(f"--{name.replace('_', '-')} is {value}, must be {limit}")
-        if not self.repetition_penalty > 0:
-            wrong.append(f"--repetition-penalty is {self.repetition_penalty}, must be above 0")
         if "" in self.stop:
             wrong.append("--stop has an empty string")
         if wrong:
@@ -71,7 +71,7 @@ def penalise_repetition(logits: Tensor, context: list[list[int]], penalty: float
     """Make the tokens of each row's context less likely: logit / penalty if positive, else · penalty."""
     logits = logits.clone()
     for row, seen in zip(logits, context):
-        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
         row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
     return logits
 
@@ -99,13 +99,16 @@ def keep_min_p(logits: Tensor, share: float) -> Tensor:
 
 
 def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], generator: torch.Generator) -> Tensor:
-    """Logits (B, V) → one id per row (B,)."""
+    """Logits (B, V) → one id per row (B,). Raises InputError for NaN, +∞, or a row of −∞ only."""
     logits = logits.float()
     if config.repetition_penalty != 1:
         logits = penalise_repetition(logits, context, config.repetition_penalty)
+    largest = logits.amax(dim=-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise InputError("the model's logits are not finite: its weights are damaged, or too large for --dtype float16")
     if config.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / config.temperature
+    logits = (logits - largest) / max(config.temperature, 1e-30)  # at most 0, so that none becomes +∞
     if config.top_k:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p < 1:
@@ -132,7 +135,7 @@ def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_id
     if not prompts or not all(prompts):
         raise InputError("nothing to continue: a prompt needs at least one token")
     block_size, device = model.config.block_size, model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed % 2**63)  # what torch takes
     stop_ids, ended = set(stop_ids), [False] * len(prompts)
     rows = [list(prompt) for prompt in prompts]
     cache, training = None, model.training
@@ -221,9 +224,14 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: SampleCo
 
 
 def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
-    """Continue several prompts together; the whole text of each."""
-    new, _ = generate_ids(model, prompts, config, tokenizer.control.values())
-    return ["".join(stream_text(tokenizer, ids, config.stop)) for ids in new]
+    """Continue several prompts together; the whole text of each.
+
+    Every row reads its ids from the same steps: no more are made than the longest text needs.
+    """
+    control = set(tokenizer.control.values())
+    rows = enumerate(tee(generate(model, prompts, config, control), len(prompts)))
+    ids = (takewhile(lambda token: token not in control, (step[i] for step in steps)) for i, steps in rows)
+    return ["".join(stream_text(tokenizer, row, config.stop)) for row in ids]
 
 
 # ------------------------------------------------------------------ chat
@@ -240,20 +248,26 @@ class Chat:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.messages: Conversation = [{"role": "system", "content": system}] if system else []
         self.dropped = 0  # oldest messages left out of the last prompt for want of room
+        if system:  # too long for any message: say so now
+            fit([*self.messages, {"role": "user", "content": "?"}], tokenizer, model.config.block_size, config.max_new_tokens)
 
     def ask(self, text: str) -> Iterator[str]:
         """Say something; yields the reply in pieces and then remembers both.
 
-        Raises InputError if the text alone does not fit; the conversation is then unchanged.
+        Of a reply that is not read to its end, what was read is remembered: the model knows what
+        stands on the screen. Raises InputError if the text alone does not fit; the conversation is
+        then unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, self.dropped = fit(messages, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
         seed = self.config.seed + len(messages)  # the same question twice may get another answer
         pieces = []
-        for piece in stream(self.model, self.tokenizer, prompt, replace(self.config, seed=seed)):
-            pieces.append(piece)
-            yield piece
-        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        try:
+            for piece in stream(self.model, self.tokenizer, prompt, replace(self.config, seed=seed)):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tokens: int) -> tuple[list[int], int]:
@@ -266,9 +280,14 @@ def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tok
         raise InputError("the message is empty")
     limit = block_size - min(reply_tokens, block_size // 4)
     system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    for dropped in range(0, len(turns), 2):  # an exchange: what the user said and its reply
-        prompt = render_prompt(system + turns[dropped:], tokenizer)
-        if len(prompt) <= limit:
-            return prompt, dropped
-    raise InputError(f"the message has {len(prompt):,} tokens with template and system text; at most {limit:,} fit")
+    first = len(messages) - 1
+    prompt = render_prompt(system + messages[first:], tokenizer)
+    while first >= len(system) + 2:  # an exchange more: what the user said and its reply
+        longer = render_prompt(system + messages[first - 2 :], tokenizer)
+        if len(longer) > limit:
+            break
+        prompt, first = longer, first - 2
+    if len(prompt) <= limit:
+        return prompt, first - len(system)
+    what = "system text and message have" if system else "the message has"
+    raise InputError(f"{what} {len(prompt):,} tokens with the template; at most {limit:,} fit")

@@ -8,9 +8,12 @@ where a short probe finds it faster, else fp32.
 import ctypes
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -41,9 +44,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if bf16 else torch.float16
-    if device.type == "cpu" and bf16_speedup() > 1.2:
-        return torch.bfloat16
-    return torch.float32
+    speedup = bf16_speedup()
+    dtype = torch.bfloat16 if speedup > 1.2 else torch.float32
+    print(f"--dtype {str(dtype).removeprefix('torch.')}: bf16 products are {speedup:.1f} times as fast as fp32 here", file=sys.stderr)
+    return dtype
 
 
 def bf16_speedup() -> float:
@@ -81,40 +85,50 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def rng_state() -> dict[str, torch.Tensor]:
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's default generators, which only dropout and initialisation draw from."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, flushed at once, so that a killed run keeps its log."""
 
-    def __init__(self, path: Path, keep_steps: int | None = None):
-        """keep_steps: on resume, lines after this step are dropped, since they will come again."""
-        self.path = path
-        kept = [] if keep_steps is None else [r for r in read_metrics(path) if r["step"] <= keep_steps]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    def __init__(self, path: Path, before: int):
+        """Lines of this step and later ones, left by a run that is resumed, are dropped: they come again."""
+        kept = [record for record in read_metrics(path) if record["step"] < before]
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **record: float) -> None:
-        print(json.dumps(record), file=self.file, flush=True)
+        try:
+            print(json.dumps(record), file=self.file, flush=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; --resume goes on once that is mended") from None
+
+    def close(self) -> None:
+        with suppress(OSError):  # what a full disk did not take
+            self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in order; an incomplete last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    """The records of a metrics.jsonl, in order; lines that a power cut left unreadable are left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 def draw_losses(log: Path, picture: Path) -> None:
@@ -149,17 +163,75 @@ def argument_text(argument: str) -> str:
     return os.fsencode(argument).decode("utf-8", "replace")
 
 
+class Stopped(Exception):
+    """A signal ended the run in good order; the message says what was saved."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+_received: list[int] = []
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """While this is open, the first SIGINT (Ctrl-C) or SIGTERM only shows in signal_received(); the next one acts."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {}
+
+    def put_back() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame) -> None:
+        _received.append(number)
+        put_back()
+        os.write(2, b"\nfinishing this step, then saving; once more ends it at once\n")
+
+    _received.clear()
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        handlers |= {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def signal_received() -> int | None:
+    """The signal that came while signals_wait was open, if one did."""
+    return _received[0] if _received else None
+
+
 def run_as_script(main: Callable[[], None]) -> None:
-    """Run main(); what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    """Run main() and exit: 0 when done, 2 after one line on what the user can mend, 128 + n after signal n.
+
+    130 is Ctrl-C, 143 SIGTERM; in training, both come after the step is finished and saved.
+    """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # UTF-8 whatever the terminal's locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
-    except (InputError, OSError) as error:
-        missing = isinstance(error, OSError) and error.filename is not None
-        print(f"error: {error.filename}: {error.strerror}" if missing else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except InputError as error:
+        sys.exit(say(f"error: {error}", 2))
+    except OSError as error:
+        sys.exit(say(f"error: {f'{error.filename}: {error.strerror}' if error.filename is not None else error}", 2))
+    except Stopped as stop:
+        sys.exit(say(f"stopped: {stop}", 128 + stop.number))
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(say("\ninterrupted", 130))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(say("error: out of memory: a smaller --batch-size with a larger --accumulate takes the same steps", 2))
+
+
+def say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, or the CPU's allocator, had too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

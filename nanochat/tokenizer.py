@@ -2,8 +2,8 @@
 
 A text is UTF-8 bytes; ids 0–255 are the bytes (visible ones first), id 256 + i is the i-th merge of
 two earlier tokens, and the control tokens follow. So a list of merges is a whole tokenizer, any text has
-ids, and any ids decode. tiktoken encodes; Hugging Face's `tokenizers` trains and is the format
-on disk; both give the same ids.
+ids, and any ids decode. tiktoken encodes; Hugging Face's `tokenizers` trains, is the format on disk,
+and encodes the white space that overflows tiktoken's stack; both give the same ids.
 
 Control tokens are never made from text: `encode` turns a typed "<|end|>" into ordinary tokens.
 Only dialogue.render_turn and the corpus place control ids. (Hugging Face's own tokenizer does turn
@@ -17,6 +17,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import reprlib
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -52,6 +54,9 @@ CHAT_TEMPLATE = (
 # GPT-2 cuts a text into pieces before merging: contractions, then words, numbers and signs, each
 # with the space before it, then white space. Merges never cross a cut.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+BLANK = 100_000  # so much white space in a row goes to `tokenizers`; a million would make tiktoken panic
+WORD = 10_000  # characters; longer words and blanks are cut for training, whose time grows with their square
 
 
 class Tokenizer:
@@ -89,14 +94,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a control id, whatever the text contains."""
+        if _has_blank(text):
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+            return self._hugging_face().encode(text).ids
         return self._bpe.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
+        if any(map(_has_blank, texts)):
+            return [self.encode(text) for text in texts]
         return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind the ids; a token may end in the middle of a character."""
+        """The bytes behind the ids; a token may end in the middle of a character. InputError for an id it has not."""
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise InputError(f"ids from {min(ids)} to {max(ids)}: this tokenizer has 0 … {self.vocab_size - 1}")
         return b"".join(self.token_bytes[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -125,8 +138,16 @@ class Tokenizer:
         The total is vocab_size rounded down to a multiple of 64 (wide products like that), or
         fewer if the texts have too few repetitions. At least 320: bytes, control tokens and 59 merges.
         """
-        if vocab_size < 320:
-            raise InputError(f"--vocab-size is {vocab_size}, must be at least 320")
+        if not 320 <= vocab_size <= 1_000_000:  # the trainer asks for the memory of all of them
+            raise InputError(f"--vocab-size is {vocab_size}, must be at least 320 and at most a million")
+
+        def pieces():
+            for text in texts:
+                if len(text) > WORD and max(map(len, re.findall(r"\S+|\s+", text))) > WORD:
+                    yield from (text[i : i + WORD] for i in range(0, len(text), WORD))
+                else:
+                    yield text
+
         control = [END_OF_TEXT, *CHAT_TOKENS]
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -135,20 +156,25 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=sys.stderr.isatty(),
         )
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(pieces(), trainer)
         merges = json.loads(bpe.to_str())["model"]["merges"]
         total = 256 + len(merges) + len(control)
         if total >= 320:
             merges = merges[: total // 64 * 64 - 256 - len(control)]
         return cls([_printable_merge(merge) for merge in merges], control)
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer opens."""
-        vocab = {_printable(token): i for i, token in enumerate(self.token_bytes[: -len(self.control)])}
+    def _hugging_face(self) -> tokenizers.Tokenizer:
+        """The same without the control tokens, for `tokenizers`."""
+        vocab = {_printable(token): i for i, token in enumerate(self.token_bytes[: 256 + len(self.merges)])}
         merges = [(_printable(left), _printable(right)) for left, right in self.merges]
         bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
+        return bpe
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer opens."""
+        bpe = self._hugging_face()
         bpe.add_special_tokens(
             [tokenizers.AddedToken(name, special=True, normalized=False) for name in self.control]
         )
@@ -180,17 +206,19 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             path = folder / "tokenizer.json"
             data = read_json(path)
-            model = data.get("model") or {}
+            model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
+            added = data.get("added_tokens", [])
+            if not (isinstance(model, dict) and isinstance(splitter, dict) and isinstance(added, list)
+                    and all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added)):
+                raise InputError(f"{path}: damaged: no model, pre_tokenizer and added_tokens as `tokenizers` writes them")
             kind = model.get("type", "BPE")
-            splitter = data.get("pre_tokenizer") or {}
             plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
             if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
-                raise InputError(
-                    f"{path}: {kind} with pre-tokenizer {splitter.get('type')} and normalizer "
-                    f"{data.get('normalizer')}; only GPT-2's kind, a byte-level BPE, is read"
-                )
-            vocab, merges = model.get("vocab", {}), model.get("merges", [])
-            control = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+                seen = f"{kind} with pre-tokenizer {splitter.get('type')} and normalizer {data.get('normalizer')}"
+                seen = " ".join(seen.split())[:200]
+                raise InputError(f"{path}: {seen}; only GPT-2's kind, a byte-level BPE, is read")
+            vocab, merges = model.get("vocab"), model.get("merges")
+            control = {token["content"]: token.get("id") for token in added}
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             path = folder / "merges.txt"
             vocab, added = read_json(folder / "vocab.json"), folder / "added_tokens.json"
@@ -199,13 +227,16 @@ class Tokenizer:
             merges = [line for line in lines if line and not line.startswith("#version")]
         else:
             raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
+        if not (isinstance(vocab, dict) and isinstance(merges, list)
+                and all(type(i) is int for i in (*vocab.values(), *control.values()))):
+            raise InputError(f"{path}: damaged: no vocabulary with a number for each token, and list of merges")
         text_tokens = 256 + len(merges)
         control |= {name: i for name, i in vocab.items() if i >= text_tokens}
         template = _read_template(folder)
         try:
             merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
             tokenizer = cls(merges, sorted(control, key=control.get), template)
-        except InputError as error:
+        except (InputError, UnicodeEncodeError) as error:  # the second: half a surrogate pair in a name
             raise InputError(f"{path}: {error}") from None
         ours = {_printable(token): i for i, token in enumerate(tokenizer.token_bytes[:text_tokens])}
         if tokenizer.control != control or ours | control != vocab | control:
@@ -213,7 +244,7 @@ class Tokenizer:
         if not _reaches_all(ours, merges):
             raise InputError(f"{path}: its merges do not lead to all of its tokens, as trained ones do")
         if END_OF_TEXT not in control:
-            raise InputError(f"{path}: has no {END_OF_TEXT} token; found {list(control)}")
+            raise InputError(f"{path}: has no {END_OF_TEXT} token; found {reprlib.repr(list(control))}")
         return tokenizer
 
 
@@ -221,7 +252,7 @@ def _read_template(folder: Path) -> str | None:
     """The folder's chat template if it is ours; newer versions of transformers keep it in a file of its own."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.exists():
-        template = file.read_text(encoding="utf-8")
+        template = file.read_text(encoding="utf-8", errors="replace")
     else:
         template = read_json(config).get("chat_template") if config.exists() else None
     if template not in (None, CHAT_TEMPLATE):
@@ -230,11 +261,26 @@ def _read_template(folder: Path) -> str | None:
     return template
 
 
+def not_utf8(path: str | Path, error: UnicodeDecodeError, line: int = 1, byte: int = 0) -> InputError:
+    """What to say of a text in another encoding; line, byte: where in the file the failed bytes begin."""
+    line += error.object.count(b"\n", 0, error.start)
+    guess = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gbk"
+    return InputError(f"{path}, line {line}: not UTF-8 at byte {byte + error.start}; "
+                      f"convert it, e.g. iconv -f {guess} -t utf-8")
+
+
+def _has_blank(text: str) -> bool:
+    """Finds any 2 · BLANK white-space characters in a row, and some shorter; costs a short text nothing."""
+    return any(text[i : i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
+
+
 def read_json(path: Path) -> dict:
     """A JSON file as a dict; InputError naming the file if it is damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object, found a {type(content).__name__}")
@@ -264,8 +310,8 @@ def _printable_merge(pair: Sequence[str]) -> tuple[bytes, bytes]:
     try:
         left, right = pair
         return _raw(left), _raw(right)
-    except (KeyError, ValueError):
-        raise InputError(f"{' '.join(pair)!r} is no merge of two byte-level tokens") from None
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{reprlib.repr(pair)} is no merge of two byte-level tokens") from None
 
 
 def _reaches_all(vocab: dict[str, int], merges: list[tuple[bytes, bytes]]) -> bool:

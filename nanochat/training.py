@@ -5,6 +5,9 @@ micro-steps and one optimizer update; an epoch is every example once. Pre-traini
 fine-tuning run this same loop: what differs comes in as values (a model, examples, an
 `evaluate` function, settings).
 
+A resumed run is the run that it would have been: a checkpoint holds all that a step depends on,
+and the order of the examples is a function of one counter.
+
 Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon;
 linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018.
 """
@@ -13,24 +16,26 @@ from __future__ import annotations  # train() stands above the settings that it 
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Literal, Protocol
 
 import torch
 from tqdm import tqdm
 
-from nanochat import InputError, checkpoint
+from nanochat import InputError, rehearsal, runs, runtime
 from nanochat.model import GPT, IGNORED, Batch
 from nanochat.runtime import MetricsLog, autocast, draw_losses, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
 
 
+@runtime.signals_wait()
 def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig, *, out: Path, settings: dict,
           device: torch.device, dtype: torch.dtype, evaluate: Callable[[], dict[str, float]],
           sample: Callable[[], str], resume: dict | None = None) -> Progress:
@@ -38,98 +43,87 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
     evaluate() → at least {"val_loss"}; sample() → a text to look at; settings: what to save
     beside the weights; resume: the state of a checkpoint of the same run, without which an
-    earlier run in `out` is deleted.
+    earlier run in `out` is deleted. The first SIGINT or SIGTERM ends the run after the step that
+    it meets, saved: runtime.Stopped is raised.
     """
     model.to(device)
-    network = torch.compile(model) if config.compile else model
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress(max_steps=steps_in(config, None, len(data)))
-    if resume is None:
-        checkpoint.clear_run(out)
-    else:
-        progress = restore(resume, model, optimizer, scaler)
-    log = MetricsLog(out / "metrics.jsonl", keep_steps=progress.step if resume else None)
-    print(describe(model, data, config, progress, device, dtype, settings), file=sys.stderr)
-    bar = tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True)
-    step_seconds: list[float] = []
+    network, progress, record, conditions = begin(model, optimizer, scaler, data, config, out, settings, dtype, resume)
     model.train()
+    with (closing(MetricsLog(out / "metrics.jsonl", before=progress.step)) as log,
+          tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
+               mininterval=0.1 if sys.stderr.isatty() else 10) as bar):
+        while True:
+            # A checkpoint is written before its evaluation, and what follows a save stands here, so
+            # that a run killed in between resumes with it.
+            if record:
+                if evaluation_due(progress, config):
+                    results = evaluate()
+                    best = note_evaluation(progress, results["val_loss"])
+                    runs.add_results(out, progress.step, results, best)
+                    record |= results
+                    bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())
+                              + f"{' (best)' if best else ''}\n  {sample()}", file=sys.stderr)
+                log.write(**record)
+            if progress.step >= progress.max_steps or progress.evaluations_since_best >= (config.patience or math.inf):
+                break
 
-    while progress.max_steps is None or progress.step < progress.max_steps:
-        started = time.perf_counter()
-        rate = learning_rate_factor(progress.step, progress.max_steps, config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * rate
+            started = time.perf_counter()
+            rate = learning_rate_factor(progress.step, progress.max_steps, config.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
 
-        # The whole step is drawn first: its loss is the mean over all its supervised tokens, and
-        # micro-batches hold different numbers of them (a mean of means would weigh them wrongly).
-        batches = []
-        for _ in range(config.accumulate):
-            batches.append(data.batch(example_order(progress.examples, config.batch_size, len(data), config.seed)))
-            progress.examples += config.batch_size
-        supervised = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+            # The whole step is drawn first: its loss is the mean over all its supervised tokens, and
+            # micro-batches hold different numbers of them (a mean of means would weigh them wrongly).
+            batches = []
+            for _ in range(config.accumulate):
+                batches.append(data.batch(example_order(progress.examples, config.batch_size, len(data), config.seed)))
+                progress.examples += config.batch_size
+            supervised = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
 
-        step_loss = torch.zeros((), device=device)
-        for batch in batches:
-            with autocast(device, dtype):
-                loss = network(*batch.to(device)) / max(supervised, 1)
-            scaler.scale(loss).backward()  # gradients add up over the micro-steps
-            step_loss += loss.detach()
+            step_loss = torch.zeros((), device=device)
+            for batch in batches:
+                with autocast(device, dtype):
+                    loss = network(*batch.to(device)) / max(supervised, 1)
+                scaler.scale(loss).backward()  # gradients add up over the micro-steps
+                step_loss += loss.detach()
 
-        scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        loss_value, norm_value = step_loss.item(), grad_norm.item()
-        stop_if_not_finite(loss_value, norm_value, rate, progress, scaler.is_enabled())
-        scale = scaler.get_scale()
-        scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed …
-        scaler.update()  # … and then halves the scale
-        optimizer.zero_grad(set_to_none=True)
-        if scaler.get_scale() < scale:
-            progress.skipped_in_a_row += 1
-            continue  # the schedule does not advance
-        progress.skipped_in_a_row = 0
-        progress.step += 1
+            scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            loss_value, norm_value = step_loss.item(), grad_norm.item()
+            stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed …
+            scaler.update()  # … and then halves the scale
+            optimizer.zero_grad(set_to_none=True)
+            if scaler.get_scale() < scale:
+                progress.skipped_in_a_row, record = progress.skipped_in_a_row + 1, {}
+                continue  # the schedule does not advance
+            progress.skipped_in_a_row = 0
+            progress.step += 1
 
-        seconds = time.perf_counter() - started
-        progress.seconds += seconds
-        step_seconds.append(seconds)
-        if config.max_minutes and not progress.minutes_counted and len(step_seconds) == 20:
-            progress.max_steps = max(progress.step, steps_in(config, median(step_seconds[10:]), len(data)))
-            progress.minutes_counted, bar.total = True, progress.max_steps
-            bar.write(f"{config.max_minutes:g} minutes are {progress.max_steps:,} steps here", file=sys.stderr)
-        tokens_per_second = sum(batch.inputs.numel() for batch in batches) / seconds
-        learning_rate = config.learning_rate * rate
-        record = dict(step=progress.step, loss=loss_value, learning_rate=learning_rate, grad_norm=norm_value,
-                      tokens_per_second=tokens_per_second, seconds=progress.seconds)
-        bar.set_postfix_str(f"loss {loss_value:.3f} lr {learning_rate:.1e} norm {norm_value:.2f} "
-                            f"{tokens_per_second:,.0f} tok/s", refresh=False)
-        bar.update()
+            seconds = time.perf_counter() - started
+            progress.seconds += seconds
+            record = dict(step=progress.step, loss=loss_value, learning_rate=rate * config.learning_rate, grad_norm=norm_value,
+                          tokens_per_second=sum(batch.inputs.numel() for batch in batches) / seconds, seconds=progress.seconds)
+            bar.set_postfix_str(f"loss {loss_value:.3f} lr {record['learning_rate']:.1e} norm {norm_value:.2f} "
+                                f"{record['tokens_per_second']:,.0f} tok/s", refresh=False)
+            bar.update()
 
-        quarter = progress.max_steps and math.ceil(progress.max_steps / 4)
-        evaluating = progress.step == progress.max_steps or is_due(progress.step, config.eval_every or quarter)
-        best = False
-        if evaluating:
-            results = evaluate()
-            if not math.isfinite(results["val_loss"]):
-                raise InputError(f"step {progress.step}: validation loss {results['val_loss']}, so this step is not saved")
-            best = results["val_loss"] < progress.best_loss
-            progress.best_loss = min(progress.best_loss, results["val_loss"])
-            progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
-            record |= results
-            bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())
-                      + f"{' (best)' if best else ''}\n  {sample()}", file=sys.stderr)
-        log.write(**record)
-        if evaluating or is_due(progress.step, config.save_every):
-            state = snapshot(progress, model, optimizer, scaler)
-            checkpoint.save(out, progress.step, model, tokenizer, settings=settings, results=record,
-                            resume=state, best=best, keep=config.keep)
-        if config.patience and progress.evaluations_since_best >= config.patience:
-            bar.write(f"no better for {config.patience} evaluations: stopping early", file=sys.stderr)
-            break
+            stop_signal = runtime.signal_received()
+            if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
+                state = snapshot(progress, record, model, optimizer, scaler) | {"conditions": conditions}
+                runs.save(out, progress.step, model, tokenizer, settings=settings, results=record, resume=state,
+                                keep=config.keep)
+            if stop_signal:
+                log.write(**record)
+                break
 
-    bar.close()
     model.eval()
     draw_losses(out / "metrics.jsonl", out / "loss.png")
+    if stop_signal := runtime.signal_received():
+        raise runtime.Stopped(stop_signal, f"step {progress.step} is saved in {out}; --resume goes on from it")
     return progress
 
 
@@ -155,7 +149,7 @@ class TrainConfig:
     max_steps: int | None = None
     """optimizer steps in all"""
     max_minutes: float | None = None
-    """minutes of training, without evaluations; steps 11 to 20 are timed, and it becomes a number of steps"""
+    """minutes of training, without evaluations; some steps are timed beforehand, and it becomes a number of steps"""
     epochs: float | None = None
     """passes over the training examples"""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -181,7 +175,7 @@ class TrainConfig:
     device: str = "auto"
     """cuda, cpu, cuda:1, …"""
     compile: bool = False
-    """compile the network: pays on GPUs; on a CPU only in runs of hours"""
+    """compile the network: pays on GPUs; on a CPU only in runs of hours. Without a compiler it goes on without"""
     seed: int = 0
     """of the weights' start, the data order and dropout"""
 
@@ -214,6 +208,7 @@ class Examples(Protocol):
     """What can be trained on: numbered examples, and a batch of any of them."""
 
     block_size: int  # most inputs of an example
+    fingerprint: str  # equal only for equal examples in equal order
 
     def __len__(self) -> int: ...
     def batch(self, indices: list[int]) -> Batch: ...
@@ -223,61 +218,92 @@ class Examples(Protocol):
 class Progress:
     """Where a run is; saved in every checkpoint."""
 
+    max_steps: int  # decided once, before the first step
     step: int = 0  # optimizer steps taken
     examples: int = 0  # examples consumed: the whole data position
-    max_steps: int | None = None  # None while only --max-minutes limits the run and no step is timed
-    minutes_counted: bool = False  # --max-minutes has become a number of steps
     best_loss: float = math.inf  # lowest validation loss
     evaluations_since_best: int = 0
     skipped_in_a_row: int = 0  # fp16 steps whose gradient overflowed
     seconds: float = 0.0  # of training, without evaluations and saves
 
 
+# ------------------------------------------------------------------ before the first step
+
+
+def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, config: TrainConfig, out: Path,
+          settings: dict, dtype: torch.dtype, resume: dict | None) -> tuple[torch.nn.Module, Progress, dict, dict]:
+    """Rehearse, then start or go on: → (the network that steps, progress, the last step's record, conditions).
+
+    conditions: all that must be equal for a resumed run to be the same run. The report is printed
+    and, unless it is resumed, an earlier run in `out` deleted: now that all is ready.
+    """
+    device = model.wte.weight.device
+    disk = rehearsal.checkpoint_bytes(model, optimizer)
+    rehearsal.check_disk(out, disk, config.keep)
+    if resume:
+        take_up(resume["conditions"], device, data)
+    batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
+    compiling = resume["conditions"]["compiled"] if resume else config.compile
+    one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
+    network, seconds, memory = rehearsal.rehearse(model, optimizer, batch, config.accumulate, dtype, compiling, one_percent)
+    if resume:
+        progress, record = restore(resume, model, optimizer, scaler)
+    else:
+        progress, record = Progress(steps_in(config, seconds, len(data))), {}
+        runs.clear(out)
+    conditions = {
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "compiled": network is not model,
+        "data": data.fingerprint,
+    }
+    print(report(model, data, config, progress, conditions, seconds, memory, disk), file=sys.stderr)
+    return network, progress, record, conditions
+
+
+def report(model: GPT, data: Examples, config: TrainConfig, progress: Progress, conditions: dict, seconds_per_step: float,
+           memory: int, disk: int) -> str:
+    """What is about to happen: settings, size, length, what was chosen, and what it will take."""
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = config.batch_size * config.accumulate
+    left = progress.max_steps - progress.step
+    minutes = left * seconds_per_step / 60
+    lines = [
+        f"settings: {json.dumps(conditions['settings'], ensure_ascii=False)}",
+        f"{learning:,} parameters learn, on {conditions['device']} in {conditions['dtype']}, "
+        f"{conditions['threads']} threads{', compiled' if conditions['compiled'] else ''}",
+        f"{len(data):,} examples of up to {data.block_size} tokens; {rows} a step, {rows * data.block_size:,} tokens; "
+        f"{progress.max_steps:,} steps, {progress.max_steps * rows / len(data):.2f} epochs",
+        f"about {minutes:.1f} minutes for {left:,} steps, and evaluations; "
+        f"{memory / 1e9:.1f} GB of memory; {disk / 1e6:,.0f} MB a checkpoint, {config.keep + 1} kept at most",
+    ]
+    if progress.step:
+        lines.append(f"resumed at step {progress.step:,}" + ("" if left else ": the run is complete; --init goes on from its "
+                     "weights with a new schedule"))
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------ length and rate of a run
 
 
-def steps_in(config: TrainConfig, seconds_per_step: float | None, examples: int) -> int | None:
-    """Steps of a run: the smallest of --max-steps, --epochs and, once steps are timed, --max-minutes.
-
-    At least one; None if only the minutes limit it and no step is timed yet.
-    """
+def steps_in(config: TrainConfig, seconds_per_step: float, examples: int) -> int:
+    """Steps of a run, at least one: the smallest of --max-steps, --epochs and --max-minutes."""
     limits = [config.max_steps] if config.max_steps is not None else []
     if config.epochs is not None:
         limits.append(math.ceil(config.epochs * examples / (config.batch_size * config.accumulate)))
-    if config.max_minutes is not None and seconds_per_step is not None:
+    if config.max_minutes is not None:
         limits.append(int(config.max_minutes * 60 / seconds_per_step))
-    if not limits and config.max_minutes is None:
+    if not limits:
         raise InputError("no length of the run: give --max-steps, --max-minutes or --epochs")
-    return max(1, min(limits)) if limits else None
+    return max(1, min(limits))
 
 
-def describe(model: GPT, data: Examples, config: TrainConfig, progress: Progress, device: torch.device,
-             dtype: torch.dtype, settings: dict) -> str:
-    """What is about to happen: settings, size, tokens per step, steps, epochs, what was chosen."""
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_step = config.batch_size * config.accumulate
-    length = f"{config.max_minutes} minutes"
-    if progress.max_steps is not None:
-        epochs = progress.max_steps * per_step / len(data)
-        length = f"{progress.max_steps:,} steps, {epochs:.2f} epochs"
-    return (
-        f"settings: {json.dumps(settings, default=str, ensure_ascii=False)}\n"
-        f"{learning:,} parameters learn, on {device} in {str(dtype).removeprefix('torch.')}, "
-        f"{torch.get_num_threads()} threads\n"
-        f"{len(data):,} examples of up to {data.block_size} tokens; {per_step} a step, "
-        f"{per_step * data.block_size:,} tokens; {length}, from step {progress.step}"
-    )
-
-
-def learning_rate_factor(step: int, max_steps: int | None, warmup_steps: int) -> float:
-    """Share of the peak rate at a step, counted from 0: linear warm-up, then linear decay to zero.
-
-    While max_steps is not known yet, the rate stays at its peak after warm-up.
-    """
+def learning_rate_factor(step: int, max_steps: int, warmup_steps: int) -> float:
+    """Share of the peak rate at a step, counted from 0: linear warm-up, then linear decay to zero."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if max_steps is None:
-        return 1.0
     return (max_steps - step) / max(1, max_steps - warmup_steps)
 
 
@@ -286,17 +312,36 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def stop_if_not_finite(loss: float, norm: float, rate: float, progress: Progress, fp16: bool) -> None:
-    """Stop before an update that would destroy the weights.
+def evaluation_due(progress: Progress, config: TrainConfig) -> bool:
+    """After every --eval-every steps, else after each quarter of the run; and at its end."""
+    every = config.eval_every or math.ceil(progress.max_steps / 4)
+    return progress.step >= progress.max_steps or is_due(progress.step, every)
+
+
+def note_evaluation(progress: Progress, val_loss: float) -> bool:
+    """Count an evaluation; → whether it is the best so far."""
+    if not math.isfinite(val_loss):
+        raise InputError(f"step {progress.step}: validation loss {val_loss}: the run has diverged; try a lower --learning-rate")
+    best = val_loss < progress.best_loss
+    progress.best_loss = min(progress.best_loss, val_loss)
+    progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
+    return best
+
+
+def stop_if_not_finite(loss: float, norm: float, learning_rate: float, progress: Progress, scaler: torch.amp.GradScaler,
+                       batches: list[Batch], tokenizer: Tokenizer) -> None:
+    """Stop before an update that would destroy the weights, and show what was being learned.
 
     In fp16 a gradient that overflows is normal (the scaler skips the step and halves its scale),
     eleven in a row are not.
     """
-    if math.isfinite(loss) and (math.isfinite(norm) or (fp16 and progress.skipped_in_a_row < 10)):
+    if math.isfinite(loss) and (math.isfinite(norm) or (scaler.is_enabled() and progress.skipped_in_a_row < 10)):
         return
+    for row in [row for batch in batches for row in batch.inputs][:8]:
+        print(f"  in this step: {tokenizer.decode(row[:40].tolist())!r} …", file=sys.stderr)
     raise InputError(
-        f"step {progress.step + 1}: loss {loss}, gradient norm {norm} at {rate:.0%} of the learning rate, "
-        f"examples up to {progress.examples}; the last checkpoint is sound: try a lower --learning-rate"
+        f"step {progress.step + 1}: loss {loss}, gradient norm {norm} at learning rate {learning_rate:.2g}; "
+        f"the last checkpoint is sound: look at the texts above, or start anew with a lower --learning-rate"
     )
 
 
@@ -360,28 +405,71 @@ class MuonAndAdamW:
 # ------------------------------------------------------------------ state of a run
 
 
-def snapshot(progress: Progress, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> dict:
+def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> dict:
     """All that a run needs, beside its weights, to go on as if it had never stopped."""
     name_of = {p: name for name, p in model.named_parameters()}
     parts = getattr(optimizer, "parts", [optimizer])
     return {
         "progress": asdict(progress),
+        "record": record,  # its line of metrics.jsonl, which is written after the checkpoint
         "optimizer": {name_of[p]: dict(state) for part in parts for p, state in part.state.items()},
         "scaler": scaler.state_dict(),
-        "rng": rng_state(),
+        "rng": rng_state(model.wte.weight.device),
     }
 
 
-def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> Progress:
-    """Put a snapshot back: into the optimizer, scaler and generators; → the progress."""
+def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> tuple[Progress, dict]:
+    """Put a snapshot back: into the optimizer, scaler and generators; → (progress, record)."""
     name_of = {p: name for name, p in model.named_parameters()}
     for part in getattr(optimizer, "parts", [optimizer]):
         for group in part.param_groups:
             for p in group["params"]:
-                if name_of[p] in state["optimizer"]:
-                    saved = state["optimizer"][name_of[p]]
-                    part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
+                saved = state["optimizer"].get(name_of[p], {})
+                if any(value.shape not in (p.shape, ()) for value in saved.values()) or not saved:
+                    raise InputError(f"--resume: the optimizer's state of {name_of[p]} is missing or of another shape")
+                part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"])
-    return Progress(**state["progress"])
+    set_rng_state(state["rng"], model.wte.weight.device)
+    return Progress(**state["progress"]), state["record"]
+
+
+def take_up(saved: dict, device: torch.device, data: Examples) -> None:
+    """Meet the conditions under which a run was saved, as far as this machine can; say what differs."""
+    if data.fingerprint != saved["data"]:
+        raise InputError("--resume: the training data is not what the run began with; --init goes on with other data")
+    torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
+    here = {"device": device.type, "threads": torch.get_num_threads()}
+    for name, value in here.items():
+        there = saved[name].split(":")[0] if name == "device" else saved[name]
+        if value != there:
+            print(f"note: the run was on {there} {name}, now {value}: equal but for rounding and dropout's draws", file=sys.stderr)
+
+
+# What may change on --resume: nothing here touches the weights of any step.
+FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "eval_every", "patience", "show_batch"}
+
+
+def settings_to_resume(settings, resume: dict, parse: Callable):
+    """The settings with which the run began, and what this command line may change of them.
+
+    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint; parse(default=…) parses the command line again over other defaults. InputError names each
+    flag that would make it another run.
+    """
+    try:  # flags stand at False here: a default of True would change their names
+        saved = resume["conditions"]["settings"]
+        compiling = saved["training"]["compile"]
+        plain = saved | {"out": settings.out, "resume": False, "overwrite": False}
+        began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"compile": False})})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
+                         "--init goes on from its weights") from None
+    now = parse(default=began)
+    now.training.compile |= compiling
+    before, after = (asdict(s) | asdict(s)["training"] for s in (began, now))
+    before["compile"] = compiling
+    changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
+               for name in after if name not in FREE | {"training"} and after[name] != before[name]]
+    if changed:
+        raise InputError(f"--resume: {', '.join(changed)} would make it another run; leave it out, or start one with --init")
+    return now

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nanochat import InputError, checkpoint
+from nanochat import InputError, checkpoint, runs
 from nanochat import model as network
 from nanochat.generate import SampleConfig, generate
 from nanochat.model import GPT
@@ -98,7 +100,7 @@ def edit_weights(folder: Path, change) -> None:
 
 
 def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, **options) -> Path:
-    return checkpoint.save(out, step, model, tokenizer, settings={}, results={}, **options)
+    return runs.save(out, step, model, tokenizer, settings={}, results={}, **options)
 
 
 # the same network as Hugging Face's
@@ -273,7 +275,25 @@ def test_config_fields_not_implemented_stop_with_their_name(name, folder):
     edit_json(folder / "config.json", **{name: BAD_FIELDS[name]})
     message = refusal(folder)
     assert message.startswith(f"{folder / 'config.json'}: ")
-    assert re.search({"activation_function": "activation", "n_layer": "str"}.get(name, name), message)
+    assert re.search({"activation_function": "activation", "n_layer": "n_layer is 'two', must be a whole number"}.get(name, name), message)
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("n_layer", 2.0, "n_layer is 2.0, must be a whole number"),
+    ("n_layer", True, "n_layer is True, must be a whole number"),
+    ("n_layer", 10**9, "missing h.999999999.ln_1.weight"),
+    ("n_head", None, "n_head is None, must be a whole number"),
+    ("n_embd", 3 * 2**60, r"wte.weight is \(384, 36\), must be \(384, 3458764513820540928\)"),
+    ("n_positions", "24", "block_size is '24', must be a whole number"),
+    ("activation_function", [], r"activation is \[\], must be a text"),
+    ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon is '1e-5', must be a number from 0 to 1"),
+    ("layer_norm_epsilon", math.nan, "layer_norm_epsilon is nan, must be a number from 0 to 1"),
+    ("attn_pdrop", None, "attention_dropout is None, must be a number from 0 to 1"),
+    ("two\nlines", 1, "two lines"),
+])
+def test_config_values_that_no_network_has_are_refused_at_once(name, value, said, folder):
+    edit_json(folder / "config.json", **{name: value})
+    assert re.search(said, refusal(folder))
 
 
 def test_all_problems_of_a_config_are_named_at_once(folder):
@@ -323,6 +343,34 @@ def test_sharded_safetensors_load(hugging_face, folder, expected):
     assert difference(opened(folder), expected) < 1e-9
     next(folder.glob("model-*.safetensors")).unlink()
     assert re.search(r"model-0000\d-of-0000\d.safetensors: no such file", refusal(folder))
+
+
+@pytest.mark.parametrize("files", [None, [], {"a": 1}, {"a": ["b"]}, {"a": "../gpt2/model.safetensors"}, {"a": "x\n"}, {"a": "x" * 256}])
+def test_an_index_that_names_no_files_beside_it_is_refused(files, folder):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    assert refusal(folder) == f"{index}: damaged: no weight_map from tensors to files beside it"
+
+
+NO_WEIGHTS = {
+    "is torch.int8": lambda w: w.to(torch.int8),  # quantized: rounded to integers and taken as weights, they would load
+    "is torch.bool": lambda w: w > 0,
+    "torch.sparse_coo": lambda w: w.to_sparse(),
+    "a NoneType": lambda w: None,
+    "a list": lambda w: w.tolist(),
+}
+
+
+@pytest.mark.parametrize("said", NO_WEIGHTS)
+def test_what_is_no_floating_point_tensor_is_refused_with_its_name(said, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wpe.weight"] = NO_WEIGHTS[said](tensors["transformer.wpe.weight"])
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert said in (message := refusal(folder)) and "transformer.wpe.weight" in message
+    torch.save(tensors | {"transformer.wpe.weight": torch.ones(24, 36), 7: torch.ones(1)}, folder / "pytorch_model.bin")
+    assert "holds 7, a Tensor: not only tensors with names" in refusal(folder)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -417,7 +465,14 @@ def test_nanogpt_with_its_own_characters_stops_since_the_file_has_no_tokenizer(t
     assert "vocab_size 65 is not GPT-2's" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, {"weights": 1}, [1, 2], torch.ones(3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name, value", [("n_layer", None), ("n_layer", 10**9), ("n_embd", 8.0), ("dropout", "none")])
+def test_nanogpt_sizes_that_no_network_has_are_refused_at_once(name, value, bias, tmp_path):
+    save_nanogpt(tmp_path / "ckpt.pt", nanogpt_weights(bias=True), bias=bias, **{name: value})
+    assert re.search(f"missing h.999999999|{name} is {value!r}, must be a", refusal(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"model": {}, "model_args": [1]}, {"weights": 1}, [1, 2], torch.ones(3)])
 def test_another_pt_file_stops_with_its_name(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
     assert refusal(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'}: ")
@@ -529,18 +584,21 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "last/resume/state.pt"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(name, folder, tmp_path):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "step-000004/resume/state.pt"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(name, folder, tokenizer, tmp_path):
     touched, path = tmp_path / "touched", folder / name
+    if name.startswith("step"):
+        save(folder, 4, checkpoint.load(folder)[0], tokenizer)
+        (folder / "step-000004" / "SHA256SUMS").unlink()
     (folder / "model.safetensors").unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     torch.save({"model": Evil(touched), "model_args": {}, "transformer.wte.weight": Evil(touched)}, path)
     with pytest.raises(InputError) as info:
-        if name.startswith("last"):
-            checkpoint.open_run(folder, resume=True, overwrite=False)
+        if name.startswith("step"):
+            runs.open_run(folder, resume=True, overwrite=False)
         else:
             checkpoint.load(path if name == "ckpt.pt" else folder)
-    assert str(info.value).startswith(f"{path}: refused") and "\n" not in str(info.value)
+    assert f"{path}: refused" in str(info.value) and "\n" not in str(info.value)
     assert not touched.exists()
     torch.load(path, weights_only=False)
     assert touched.exists()  # the pickle does what we think it does
@@ -581,17 +639,46 @@ def test_no_source_reads_a_pickle_or_runs_text_as_code():
 # a run folder
 
 
-RESUME = {"progress": {"step": 4}, "rng": torch.get_rng_state(), "optimizer": {"wte": torch.ones(2)}}
+def resume_state(step: int, best_loss: float = 2.0) -> dict:
+    """What a run saves to go on from `step`, as far as checkpoint.py looks into it."""
+    return {"progress": {"step": step, "best_loss": best_loss}, "rng": torch.get_rng_state(), "optimizer": {"wte": torch.ones(2)}}
 
 
 def names_in(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir())
 
 
+def resumed(out: Path) -> tuple[Path, dict]:
+    return runs.open_run(out, resume=True, overwrite=False)
+
+
+def flip(path: Path, place: int = -5) -> None:
+    """What a bad disk does."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "nanochat.json").read_text(encoding="utf-8"))["results"]
+
+
+@pytest.fixture
+def run(make_model, tokenizer, tmp_path) -> Path:
+    """A run folder with steps 2 (the best), 4 and 6 (the last), each with its own weights."""
+    out = tmp_path / "run"
+    for step in (2, 4, 6):
+        save(out, step, make_model(dtype=torch.float32, vocab_size=384), tokenizer, resume=resume_state(step), keep=3)
+        runs.add_results(out, step, {"val_loss": float(step)}, best=step == 2)
+    return out
+
+
 def test_last_and_best_point_at_steps_and_load_prefers_the_best(make_model, tokenizer, tmp_path):
     steps = {step: make_model(dtype=torch.float32, vocab_size=384) for step in (2, 4)}
-    save(tmp_path, 2, steps[2], tokenizer, best=True)
+    save(tmp_path, 2, steps[2], tokenizer)
+    runs.add_results(tmp_path, 2, {}, best=True)
     save(tmp_path, 4, steps[4], tokenizer)
+    runs.add_results(tmp_path, 4, {}, best=False)
     assert os.readlink(tmp_path / "best") == "step-000002"  # relative: the folder can be moved
     assert os.readlink(tmp_path / "last") == "step-000004"
     assert torch.equal(checkpoint.load(tmp_path)[0].wte.weight, steps[2].wte.weight)
@@ -600,31 +687,85 @@ def test_last_and_best_point_at_steps_and_load_prefers_the_best(make_model, toke
     assert torch.equal(checkpoint.load(tmp_path)[0].wte.weight, steps[4].wte.weight)
 
 
+def test_a_best_that_is_gone_is_not_silently_replaced_by_the_last(run):
+    shutil.rmtree(run / "step-000002")
+    assert refusal(run).startswith(f"{run / 'best'} names 'step-000002', which is no checkpoint of this run; ")
+
+
 def test_where_links_are_forbidden_a_file_names_the_step(model, tokenizer, tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise OSError("no links here")
 
     monkeypatch.setattr(Path, "symlink_to", forbidden)
-    save(tmp_path, 1, model, tokenizer, best=True)
-    for step in (2, 3, 4):
-        save(tmp_path, step, model, tokenizer, resume=RESUME)
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, model, tokenizer, resume=resume_state(step))
+        runs.add_results(tmp_path, step, {}, best=step == 1)
     assert (tmp_path / "best").read_text() == "step-000001\n"
     assert checkpoint.locate(tmp_path) == tmp_path / "step-000001"
-    assert checkpoint.open_run(tmp_path, resume=True, overwrite=False)["progress"] == {"step": 4}
     checkpoint.load(tmp_path)
+    flip(tmp_path / "step-000004" / "model.safetensors")
+    assert resumed(tmp_path)[0] == tmp_path / "step-000003"
+    assert (tmp_path / "last").read_text() == "step-000003\n"
+    assert names_in(tmp_path) == ["best", "damaged-step-000004", "last", "step-000001", "step-000003"]
+
+
+def test_a_run_copied_with_folders_for_links_loads_resumes_and_keeps_its_best(run, model, tokenizer, tmp_path):
+    """scp -r, zip and cp -rL copy what a link names."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, symlinks=False)
+    assert (copy / "best").is_dir() and not (copy / "best").is_symlink()
+    assert checkpoint.locate(copy) == copy / "step-000002"
+    folder, state = resumed(copy)
+    assert (folder, state["progress"]["best_loss"]) == (copy / "step-000006", 2.0)
+    assert (os.readlink(copy / "best"), os.readlink(copy / "last")) == ("step-000002", "step-000006")
+    save(copy, 8, model, tokenizer, keep=1)
+    assert names_in(copy) == ["best", "last", "step-000002", "step-000008"]
+    shutil.copytree(run, tmp_path / "another", symlinks=False)
+    runs.clear(tmp_path / "another")
+    assert names_in(tmp_path / "another") == []
 
 
 def test_old_steps_go_but_the_best_the_newest_and_foreign_folders_stay(model, tokenizer, tmp_path):
-    (tmp_path / "step-000001-copy").mkdir()
+    for name in ("step-000001-copy", "step-²", "step-4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000003").write_text("a file")
     for step in (999997, 999998, 999999, 1000000):  # the last has one digit more
-        save(tmp_path, step, model, tokenizer, best=step == 999997, keep=2)
-    expected = ["best", "last", "step-000001-copy", "step-1000000", "step-999997", "step-999999"]
+        save(tmp_path, step, model, tokenizer, keep=2)
+        runs.add_results(tmp_path, step, {}, best=step == 999997)
+    expected = ["best", "last", "step-000001-copy", "step-000003", "step-1000000", "step-4", "step-999997", "step-999999", "step-²"]
     assert names_in(tmp_path) == expected
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_few_and_the_best_stay_however_old_it_is(keep, model, tokenizer, tmp_path):
+    for step in range(1, 9):
+        save(tmp_path, step, model, tokenizer, keep=keep)
+        runs.add_results(tmp_path, step, {}, best=step in (1, 2))
+    kept = [f"step-{step:06d}" for step in (2, *range(9 - keep, 9))]
+    assert names_in(tmp_path) == ["best", "last", *kept]
+
+
+def test_a_folder_kept_elsewhere_behind_a_link_is_neither_lost_nor_in_the_way(model, tokenizer, tmp_path):
+    """A run folder that is a link, and in it an old step that was moved to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to("disk")
+    save(out, 1, model, tokenizer, resume=resume_state(1))
+    (out / "step-000001").rename(tmp_path / "moved")
+    (out / "step-000001").symlink_to(tmp_path / "moved")
+    assert resumed(out)[0] == out / "step-000001"
+    for step in (2, 3):
+        save(out, step, model, tokenizer, keep=1)
+    assert names_in(tmp_path / "disk") == ["last", "step-000003"]
+    checkpoint.load(out)
+    checkpoint.load(tmp_path / "moved")
+    runs.clear(out)
+    assert out.is_symlink() and names_in(out) == []
 
 
 def test_saving_a_step_again_replaces_it(make_model, tokenizer, tmp_path):
     old, new = (make_model(dtype=torch.float32, vocab_size=384) for _ in range(2))
-    save(tmp_path, 1, old, tokenizer, resume=RESUME)
+    save(tmp_path, 1, old, tokenizer, resume=resume_state(1))
     save(tmp_path, 1, new, tokenizer)
     assert names_in(tmp_path) == ["last", "step-000001"]
     assert torch.equal(checkpoint.load(tmp_path)[0].wte.weight, new.wte.weight)
@@ -637,8 +778,8 @@ def test_a_save_cut_short_leaves_a_checkpoint_that_resumes_and_no_litter(
     again, moment, make_model, tokenizer, tmp_path, monkeypatch
 ):
     model = make_model(dtype=torch.float32, vocab_size=384)
-    save(tmp_path, 1, model, tokenizer, resume=RESUME)
-    replace, calls = os.replace, []
+    save(tmp_path, 1, model, tokenizer, resume=resume_state(1))
+    step, replace, calls = 1 if again else 2, os.replace, []
 
     def killed(*args):
         if len(calls) == moment:
@@ -649,10 +790,13 @@ def test_a_save_cut_short_leaves_a_checkpoint_that_resumes_and_no_litter(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         try:
-            save(tmp_path, 1 if again else 2, model, tokenizer, resume=RESUME)
+            save(tmp_path, step, model, tokenizer, resume=resume_state(step), keep=1)
         except KeyboardInterrupt:
             pass
-    assert checkpoint.open_run(tmp_path, resume=True, overwrite=False)["progress"] == {"step": 4}
+    folder, state = resumed(tmp_path)
+    renamed = moment > (1 if again else 0)  # saving again, the first rename puts the old one aside
+    assert folder == tmp_path / f"step-{step if renamed else 1:06d}" and state["progress"]["step"] == runs.step_of(folder)
+    assert checkpoint.locate(tmp_path / "last").resolve() == folder
     checkpoint.load(tmp_path / "last")
     assert not list(tmp_path.glob(".tmp-*"))
     save(tmp_path, 3, model, tokenizer)
@@ -663,48 +807,281 @@ def test_a_save_cut_short_leaves_a_checkpoint_that_resumes_and_no_litter(
 def test_file_modes_follow_the_umask(umask, model, tokenizer, tmp_path):
     before = os.umask(umask)
     try:
-        folder = save(tmp_path / "out", 1, model, tokenizer, resume=RESUME)
+        folder = save(tmp_path / "out", 1, model, tokenizer, resume=resume_state(1))
+        runs.add_results(tmp_path / "out", 1, {"val_loss": 1.0}, best=True)
     finally:
         os.umask(before)
+    assert {"SHA256SUMS", "model.safetensors", "nanochat.json", "resume", "tokenizer.json"} < {path.name for path in folder.iterdir()}
+    assert (folder / "resume" / "state.pt").exists()
     for path in [folder, *folder.rglob("*")]:
         mode = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == mode & ~umask, path
 
 
 def test_the_state_to_resume_from_loads_with_weights_only(model, tokenizer, tmp_path):
-    folder = save(tmp_path, 4, model, tokenizer, resume=RESUME)
-    assert torch.load(folder / "resume" / "state.pt", weights_only=True).keys() == RESUME.keys()
-    state = checkpoint.open_run(tmp_path, resume=True, overwrite=False)
-    assert torch.equal(state["rng"], RESUME["rng"])
+    saved = resume_state(4)
+    folder = save(tmp_path, 4, model, tokenizer, resume=saved)
+    assert torch.load(folder / "resume" / "state.pt", weights_only=True).keys() == saved.keys()
+    step, state = resumed(tmp_path)
+    assert step == folder and torch.equal(state["rng"], saved["rng"])
 
 
 def test_a_step_describes_itself(model, tokenizer, tmp_path):
     settings = {"lr": 1e-3, "out": Path("out")}
-    folder = checkpoint.save(tmp_path, 7, model, tokenizer, settings=settings, results={"val_loss": 1.5})
+    folder = runs.save(tmp_path, 7, model, tokenizer, settings=settings, results={"loss": 1.5})
     about = json.loads((folder / "nanochat.json").read_text(encoding="utf-8"))
-    assert (about["step"], about["results"], about["settings"]) == (7, {"val_loss": 1.5}, {"lr": 1e-3, "out": "out"})
+    assert (about["step"], about["results"], about["settings"]) == (7, {"loss": 1.5}, {"lr": 1e-3, "out": "out"})
     assert (about["template"], about["tokenizer_hash"]) == ("nanochat-1", tokenizer.hash)
     edit_json(folder / "nanochat.json", template="nanochat-0")
     assert "chat template 'nanochat-0', this version speaks 'nanochat-1'" in refusal(tmp_path)
 
 
+def test_an_evaluation_is_added_to_what_its_step_says(model, tokenizer, tmp_path):
+    folder = runs.save(tmp_path, 7, model, tokenizer, settings={"lr": 1e-3}, results={"loss": 1.5})
+    before = json.loads((folder / "nanochat.json").read_text(encoding="utf-8"))
+    runs.add_results(tmp_path, 7, {"val_loss": 1.25}, best=False)
+    assert not (tmp_path / "best").exists()
+    runs.add_results(tmp_path, 7, {"val_loss": 1.125}, best=True)
+    after = json.loads((folder / "nanochat.json").read_text(encoding="utf-8"))
+    assert after == before | {"results": {"loss": 1.5, "val_loss": 1.125}}
+    assert os.readlink(tmp_path / "best") == "step-000007"
+    checkpoint.load(tmp_path)  # its sum is none of those in SHA256SUMS
+
+
+def test_each_file_is_on_the_disk_before_its_rename(model, tokenizer, tmp_path, monkeypatch):
+    """A rename that reaches the disk before the content leaves empty files after a power cut."""
+    flushed, fsync, replace = set(), os.fsync, os.replace
+
+    def noting(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checking(source, target):
+        for path in [source] if Path(source).is_symlink() else [source, *Path(source).rglob("*")]:
+            assert Path(source).is_symlink() or os.stat(path).st_ino in flushed, path
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", checking)
+    for step in (1, 2):
+        save(tmp_path, step, model, tokenizer, resume=resume_state(step), keep=1)
+        runs.add_results(tmp_path, step, {"val_loss": 1.0}, best=True)
+    assert len(flushed) > 20 and tmp_path.stat().st_ino in flushed
+
+
+def test_a_folder_that_no_system_can_flush_is_no_error(tmp_path):
+    """/proc is such a one; some network disks are, too."""
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    runs.flush_to_disk(Path("/proc/self"))
+    with pytest.raises(FileNotFoundError):
+        runs.flush_to_disk(tmp_path / "absent")
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, make_model, tokenizer):
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for value in (math.nan, math.inf, -math.inf):
+        broken = make_model(dtype=torch.float32, vocab_size=384)
+        broken.h[1].mlp.c_fc.bias.data[3] = value
+        with pytest.raises(InputError, match="step 8 is not saved: h.1.mlp.c_fc.bias is not finite; the checkpoints in .* stay") as info:
+            save(run, 8, broken, tokenizer, keep=1)
+        assert "\n" not in str(info.value)
+    assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+# sums
+
+
+def test_sha256sum_agrees_with_the_sums(run):
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum here")
+    for step in runs.saved_steps(run):
+        checked = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=step, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+        assert {line.removesuffix(": OK") for line in checked.stdout.splitlines()} == files - {"nanochat.json", "SHA256SUMS"}
+
+
+FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_file_is_refused_with_its_name_and_the_remedy_and_without_the_sums_taken(name, run):
+    path = run / "step-000002" / name
+    path.write_bytes(path.read_bytes() + b" " if name != "model.safetensors" else path.read_bytes())
+    if name == "model.safetensors":
+        flip(path)
+    for source in (run, run / "best", path.parent):
+        message = refusal(source)
+        assert re.search(rf"step-000002/{name}|best/{name}", message)
+        assert message.endswith("not as it was saved: damaged, or changed by hand (then delete SHA256SUMS beside it)")
+    (path.parent / "SHA256SUMS").unlink()
+    checkpoint.load(run)
+
+
+def test_a_missing_file_is_told_before_any_is_read(run):
+    (run / "step-000002" / "tokenizer_config.json").unlink()  # load could do without
+    assert refusal(run) == f"{run / 'step-000002' / 'tokenizer_config.json'}: missing from this checkpoint"
+
+
+def test_damaged_sums_are_refused_with_the_remedy(run):
+    sums = run / "step-000002" / "SHA256SUMS"
+    sums.write_bytes(sums.read_bytes().replace(b"  config.json", b"  ../config.json"))
+    assert re.fullmatch(rf"{sums}: damaged: '[0-9a-f]{{64}}  ../config.*'; without this file, the others are taken as they are", refusal(run))
+
+
+def test_weights_load_without_what_only_resuming_needs(run):
+    expected = checkpoint.load(run)[0].wte.weight
+    shutil.rmtree(run / "step-000002" / "resume")
+    assert torch.equal(checkpoint.load(run)[0].wte.weight, expected)
+
+
+# resuming
+
+
+def test_resuming_takes_the_newest_sound_step_and_sets_damaged_ones_aside(run, capsys):
+    flip(run / "step-000006" / "resume" / "state.pt")
+    (run / "step-000004" / "model.safetensors").unlink()
+    folder, state = resumed(run)
+    assert folder == run / "step-000002" and state["progress"] == {"step": 2, "best_loss": 2.0}
+    assert names_in(run) == ["best", "damaged-step-000004", "damaged-step-000006", "last", "step-000002"]
+    assert os.readlink(run / "last") == os.readlink(run / "best") == "step-000002"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"{run}/step-000006/resume/state.pt: not as it was saved: damaged, or changed by hand (then delete SHA256SUMS beside it)",
+        f"moved to {run}/damaged-step-000006; going on from the step before",
+        f"{run}/step-000004/model.safetensors: missing from this checkpoint",
+        f"moved to {run}/damaged-step-000004; going on from the step before",
+    ]
+
+
+def test_a_step_saved_again_after_a_fallback_takes_the_place_of_the_damaged_one(run, model, tokenizer):
+    flip(run / "step-000006" / "model.safetensors")
+    resumed(run)
+    save(run, 6, model, tokenizer, resume=resume_state(6), keep=1)
+    assert names_in(run) == ["best", "damaged-step-000006", "last", "step-000002", "step-000006"]
+    assert resumed(run)[0] == run / "step-000006"
+    flip(run / "step-000006" / "model.safetensors")
+    assert resumed(run)[0] == run / "step-000002"  # a second damaged-step-000006 replaces the first
+    runs.clear(run)
+    assert names_in(run) == []
+
+
+def test_a_resume_that_finds_nothing_sound_leaves_all_as_it_was(run):
+    """State files are gone, weights are sound: the run cannot go on, but it still loads."""
+    for step in runs.saved_steps(run):
+        shutil.rmtree(step / "resume")
+    before = names_in(run)
+    with pytest.raises(InputError) as info:
+        resumed(run)
+    assert str(info.value) == (f"--resume: {run} has no sound checkpoint ({run}/step-000006/resume/state.pt: missing from this "
+                               f"checkpoint); --overwrite starts anew")
+    assert names_in(run) == before
+    checkpoint.load(run)
+
+
+def test_a_run_without_a_step_cannot_be_resumed(tmp_path):
+    with pytest.raises(InputError, match=r"has no sound checkpoint \(no step is saved\); --overwrite starts anew"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("pointer", ["best", "last"])
+@pytest.mark.parametrize("content", ["garbage \0\n", "step-000009", "../run/step-000002", ""])
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_pointer_that_names_no_step_is_refused_by_load_and_mended_by_resume(pointer, content, kind, run):
+    (run / pointer).unlink()
+    if kind == "file":
+        (run / pointer).write_text(content)
+    else:
+        (run / pointer).symlink_to(content.replace("\0", "") or "nothing")
+    if pointer == "best":
+        assert refusal(run).startswith(f"{run / 'best'} names ")
+    folder, state = resumed(run)
+    assert folder == run / "step-000006" and os.readlink(run / "last") == "step-000006"
+    if pointer == "best":
+        assert not os.path.lexists(run / "best") and state["progress"]["best_loss"] == math.inf
+    else:
+        assert os.readlink(run / "best") == "step-000002" and state["progress"]["best_loss"] == 2.0
+
+
+def test_a_best_that_is_newer_than_the_sound_step_is_forgotten(run):
+    runs.add_results(run, 6, {}, best=True)
+    flip(run / "step-000006" / "config.json")
+    folder, state = resumed(run)
+    assert folder == run / "step-000004" and state["progress"]["best_loss"] == math.inf
+    assert not os.path.lexists(run / "best") and os.readlink(run / "last") == "step-000004"
+
+
+def test_a_damaged_best_is_forgotten_when_the_run_goes_on(run, capsys):
+    flip(run / "step-000002" / "model.safetensors")
+    folder, state = resumed(run)
+    assert folder == run / "step-000006" and state["progress"]["best_loss"] == math.inf
+    assert not os.path.lexists(run / "best")
+    assert f"removed {run / 'best'}; the next evaluation sets it anew" in capsys.readouterr().err
+    checkpoint.load(run)
+
+
+def test_files_of_another_step_are_told_without_sums(run, capsys):
+    for step in runs.saved_steps(run):
+        (step / "SHA256SUMS").unlink()
+    shutil.copy(run / "step-000002" / "resume" / "state.pt", run / "step-000006" / "resume")
+    shutil.copy(run / "step-000002" / "nanochat.json", run / "step-000004")
+    assert resumed(run)[0] == run / "step-000002"
+    said = capsys.readouterr().err
+    assert "step-000006/resume/state.pt: is of another step" in said and "step-000004/nanochat.json: is of another step" in said
+
+
+@pytest.mark.parametrize("change", [{"template": "nanochat-0"}, {"step": 1}, None], ids=["template", "step", "no file"])
+def test_what_resuming_takes_and_calls_best_can_be_loaded(change, run):
+    for step in ("step-000002", "step-000006"):
+        if change:
+            edit_json(run / step / "nanochat.json", **change)
+        else:
+            (run / step / "nanochat.json").unlink()
+    assert resumed(run)[0] == run / "step-000004" and not os.path.lexists(run / "best")
+    checkpoint.load(run)
+
+
+def test_two_processes_never_train_into_one_folder(run):
+    """The second is refused, whether it resumes or starts anew; when the first is killed, it may."""
+    inside = ("import sys, pathlib; from nanochat import runs; runs.open_run(pathlib.Path(sys.argv[1]), True, False);"
+              "print('held', flush=True); sys.stdin.read()")
+    first = subprocess.Popen([sys.executable, "-c", inside, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        (run / ".tmp-step-000008").mkdir()  # what the first one is writing
+        before = names_in(run)
+        for start in (lambda: resumed(run), lambda: runs.clear(run)):
+            with pytest.raises(InputError, match="another process is training into this folder"):
+                start()
+        assert names_in(run) == before
+        checkpoint.load(run)  # reading is free
+    finally:
+        first.kill()
+        first.wait()
+        first.stdin.close()
+        first.stdout.close()
+    assert resumed(run)[0] == run / "step-000006"
+    assert resumed(run)[0] == run / "step-000006"  # its own folder is not refused to a process
+
+
 def test_a_folder_that_holds_something_is_not_written_over_unasked(tmp_path):
     out = tmp_path / "out"
-    assert checkpoint.open_run(out, resume=False, overwrite=False) is None
+    assert runs.open_run(out, resume=False, overwrite=False) == (None, None)
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="is not empty: --resume goes on, --overwrite starts anew"):
-        checkpoint.open_run(out, resume=False, overwrite=False)
+        runs.open_run(out, resume=False, overwrite=False)
     (out / "step-000003").mkdir()
     (out / "last").symlink_to("step-000003")
-    assert checkpoint.open_run(out, resume=False, overwrite=True) is None
-    checkpoint.clear_run(out)  # the run goes, what is not part of it stays
+    assert runs.open_run(out, resume=False, overwrite=True) == (None, None)
+    runs.clear(out)  # the run goes, what is not part of it stays
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
 def test_resuming_an_absent_run_stops_with_its_name(tmp_path):
     with pytest.raises(InputError, match="--resume: there is no run folder .*absent"):
-        checkpoint.open_run(tmp_path / "absent", resume=True, overwrite=False)
+        resumed(tmp_path / "absent")
 
 
 # the converter

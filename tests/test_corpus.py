@@ -4,15 +4,21 @@ import bz2
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat import InputError, corpus, wikitext
 from nanochat.corpus import TokenStream, documents, is_held_out, prepare
@@ -115,6 +121,18 @@ def test_brackets_that_are_never_closed_lose_only_themselves():
     assert clean("One [[two. {{three. Four]] five.") == "One two. three. Four five."
 
 
+HOSTILE = [" ", ", ", "=", "= ", "\n", "{{x|", "[[", "{|\n", "<ref>", "-{H|", "{{x|}}", "<small>"]
+
+
+@pytest.mark.parametrize("debris", HOSTILE)
+def test_repeated_debris_costs_no_more_than_seconds(tmp_path, debris):
+    wikitext = ARTICLE + "\n== a (" + debris * (30_000 // len(debris)) + "}}" * 3_000 + "b\n" + ARTICLE
+    start = time.monotonic()
+    clean(wikitext)
+    assert len(list(documents(dump(tmp_path / "a.xml", page("a", "{{" + wikitext))))) == 1
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("name", ["lakes.xml", "lakes.xml.bz2", "lakes.bz2"])
 def test_a_dump_gives_articles_only(tmp_path, name):
     path = dump(
@@ -208,15 +226,21 @@ def test_a_folder_is_read_in_order_with_paths_as_titles(tmp_path):
     [
         ("empty.txt", b"", "is empty"),
         ("blank.txt", b" \n \n", "is empty"),
-        ("gbk.txt", "ok 中文".encode("gbk"), "not UTF-8 at byte 3; convert it, e.g. iconv -f gbk -t utf-8"),
-        ("late.txt", b"a line\n" * 20_000 + b"\xff", "not UTF-8 at byte 140000"),
-        ("wide.txt", "text".encode("utf-16"), "zero bytes"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": }\n', "a.jsonl, line 2: not a JSON object"),
+        ("gbk.txt", "ok\n中文".encode("gbk"), "gbk.txt, line 2: not UTF-8 at byte 3; convert it, e.g. iconv -f gbk -t utf-8"),
+        ("bom.txt", b"\xef\xbb\xbf\n\xff", "bom.txt, line 2: not UTF-8 at byte 4"),
+        ("late.txt", b"a line\n" * 20_000 + b"\xff", "late.txt, line 20001: not UTF-8 at byte 140000"),
+        ("wide.txt", "text".encode("utf-16"), "has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8"),
+        ("宽.txt", "中文".encode("utf-16"), "line 1: not UTF-8 at byte 0; convert it, e.g. iconv -f utf-16 -t utf-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": }\n', "a.jsonl, line 2: not a JSON object (Expecting value at column 10)"),
         ("b.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "b.jsonl, line 2: must be an object whose \"text\""),
+        ("deep.jsonl", b"[" * 99_999, "deep.jsonl, line 1: not a JSON object (maximum recursion depth exceeded"),
+        ("digits.jsonl", b'{"text": ' + b"9" * 5_000 + b"}", "digits.jsonl, line 1: not a JSON object (Exceeds"),
         ("c.jsonl", b'["text"]\n', "c.jsonl, line 1: must be an object"),
         ("d.jsonl", b'{"text": "\xd6\xd0"}\n', "d.jsonl, line 1: not UTF-8 at byte 10"),
         ("e.xml", b"<html><p>no</p></html>", "no MediaWiki dump"),
         ("f.xml", b"<mediawiki><page><title>a</tit", "broken XML"),
+        ("u.xml", b'<?xml version="1.0" encoding="klingon"?><mediawiki></mediawiki>', "broken XML, unknown encoding"),
+        ("h.xml.bz2", b"BZh9" + bytes(99), "Invalid data stream; copy or download it again"),
         ("g.xml.bz2", bz2.compress(b"<mediawiki>" + os.urandom(9_000).hex().encode())[:-900], "ends too early"),
     ],
 )
@@ -271,6 +295,23 @@ def test_a_single_text_holds_out_its_last_tenth(tmp_path, times):
                   for split in ("train", "val"))
     assert head + tail == text and head.endswith("\n")
     assert 0.05 < len(tail) / len(text) < 0.25
+
+
+def test_one_large_file_among_few_is_not_held_out_whole(tmp_path):
+    sizes = {"Title 0": 300, "Title 2": 9_000, "Title 1": 300}  # the title of the largest is among the tenth
+    assert [is_held_out(title) for title in sizes] == [False, True, False]
+    lines = [json.dumps({"title": title, "text": "to be or not\n" * (size // 13)}) for title, size in sizes.items()]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tokenizer = Tokenizer([])
+    prepare(tmp_path / "a.jsonl", tmp_path / "corpus", tokenizer=tokenizer)
+    parts = {split: [text for _, text in documents(tmp_path / "corpus" / f"{split}.jsonl")] for split in ("train", "val")}
+    whole = [text for _, text in documents(tmp_path / "a.jsonl")]
+    assert "".join(parts["train"] + parts["val"]) == "".join(whole)  # the last tenth of the whole
+    assert 0.05 < sum(map(len, parts["val"])) / sum(map(len, whole)) < 0.15
+    lines[1] = json.dumps({"title": "Title 2", "text": "to be or not\n" * 20})  # less than a third: by title
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare(tmp_path / "a.jsonl", tmp_path / "corpus", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "corpus" / "corpus.json").read_bytes())["held_out"] == ["Title 2"]
 
 
 def test_val_source_is_the_whole_held_out_split(tmp_path):
@@ -350,6 +391,46 @@ def test_many_shards_read_as_one(prepared, tmp_path, monkeypatch):
     assert one.batch(every).inputs.equal(many.batch(every).inputs)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=30), min_size=1, max_size=40),
+    vocab_size=st.sampled_from([1_000, 70_000]),
+    shard_tokens=st.integers(1, 200),
+    block_size=st.integers(1, 40),
+    batch_size=st.integers(1, 5),
+)
+def test_crops_are_slices_of_the_documents_joined_by_end_of_text(numbers, vocab_size, shard_tokens, block_size, batch_size):
+    numbers[0][0] = vocab_size - 1  # of two bytes, or of four
+    tokenizer = WithIds(vocab_size)
+    expected = [0] + [i for document in numbers for i in (*document, 0)]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "SHARD_TOKENS", shard_tokens)
+        source, folder = Path(name) / "a.jsonl", Path(name) / "corpus"
+        source.write_text("\n".join(json.dumps({"text": " ".join(map(str, d))}) for d in numbers), encoding="utf-8")
+        stream = TokenStream(prepare(source, folder, tokenizer=tokenizer, val_source=source), "val", tokenizer, block_size)
+        for i in range(len(stream)):
+            batch = stream.batch([i])
+            crop = expected[i * block_size : (i + 1) * block_size + 1]
+            assert batch.inputs.tolist() == [crop[:-1]] and batch.targets.tolist() == [crop[1:]]
+        windows = list(stream.batches(batch_size))
+    dtype = "<u2" if vocab_size <= 65_536 else "<u4"
+    assert stream.fingerprint == sha256(np.array(expected, dtype).tobytes()).hexdigest()
+    assert len(stream) == (len(expected) - 1) // block_size
+    known = [batch.targets != IGNORED for batch in windows]
+    assert [i for batch, k in zip(windows, known, strict=True) for i in batch.inputs[k].tolist()] == expected[:-1]
+    assert [i for batch, k in zip(windows, known, strict=True) for i in batch.targets[k].tolist()] == expected[1:]
+
+
+def test_the_fingerprint_is_of_the_ids_whatever_the_shards(prepared, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(prepared)
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 100)
+    folder = prepare(prepared.parent / "stories.jsonl", tmp_path / "corpus", tokenizer=tokenizer)
+    prints = {split: [TokenStream(f, split, tokenizer, 8).fingerprint for f in (prepared, folder)] for split in ("train", "val")}
+    ids = b"".join(path.read_bytes()[corpus.HEADER :] for path in sorted(folder.glob("train-*.bin")))
+    assert prints["train"] == [sha256(ids).hexdigest()] * 2 != prints["val"]
+    assert json.loads((folder / "corpus.json").read_bytes())["val"]["sha256"] == prints["val"][0] == prints["val"][1]
+
+
 def test_an_existing_folder_is_reused_until_the_request_changes(tmp_path, capsys):
     source, folder = jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus"
     prepare(source, folder, vocab_size=320)
@@ -401,6 +482,80 @@ def test_another_tokenizer_or_a_cut_shard_is_refused(prepared, tmp_path):
     shard.write_bytes(b"x" * 600)
     with pytest.raises(InputError, match="no shard of version"):
         TokenStream(folder, "train", tokenizer, 8)
+
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:200],
+    "no object": lambda text: "[]",
+    "foreign": lambda text: '{"name": "my corpus"}',
+    "no request": lambda text: text.replace('"request"', '"requested"'),
+    "no split": lambda text: text.replace('"val": {', '"other": {'),
+    "no hash": lambda text: text.replace('"sha256"', '"md5"'),
+    "tokens of another type": lambda text: text.replace('"tokens": ', '"tokens": 0.'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_manifest_is_one_clear_line_wherever_it_is_read(tmp_path, damage):
+    tokenizer, source = Tokenizer([]), jsonl(tmp_path / "stories.jsonl")
+    folder = prepare(source, tmp_path / "corpus", tokenizer=tokenizer)
+    manifest = folder / "corpus.json"
+    manifest.write_text(DAMAGE[damage](manifest.read_text("utf-8")), encoding="utf-8")
+    shards = sorted(folder.glob("*.bin"))
+    for use in (lambda: TokenStream(folder, "train", tokenizer, 8), lambda: prepare(folder, tmp_path / "other"),
+                lambda: prepare(source, folder, tokenizer=tokenizer)):
+        with pytest.raises(InputError) as error:
+            use()
+        assert str(manifest) in str(error.value) and "\n" not in str(error.value)
+    assert shards == sorted(folder.glob("*.bin"))  # nothing is lost
+
+
+def test_a_folder_of_an_older_version_is_made_anew(tmp_path):
+    tokenizer, source = Tokenizer([]), jsonl(tmp_path / "stories.jsonl")
+    folder = prepare(source, tmp_path / "corpus", tokenizer=tokenizer)
+    manifest = folder / "corpus.json"
+    whole = json.loads(manifest.read_bytes())
+    old = {**whole, "request": whole["request"] | {"version": 1}, "train": {"tokens": 5}}
+    manifest.write_text(json.dumps(old), encoding="utf-8")
+    with pytest.raises(InputError, match="damaged or of another version: delete it and prepare again"):
+        TokenStream(folder, "train", tokenizer, 8)
+    prepare(source, folder, tokenizer=tokenizer)
+    assert json.loads(manifest.read_bytes()) == whole
+
+
+@pytest.mark.parametrize("change", [('"dtype": "<u2"', '"dtype": "<f2"'), ('"tokens": ', '"tokens":-'), ('"vocab_size": ', '"vocab_size":x'),
+                                    ('"tokenizer_hash": "', '"tokenizer_hash":["'), ('"magic"', '"tragic"'), ("}", " ")])
+def test_a_damaged_shard_header_is_one_clear_line(tmp_path, change):
+    tokenizer = Tokenizer([])
+    folder = prepare(jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus", tokenizer=tokenizer)
+    shard = folder / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes().replace(*(part.encode() for part in change), 1))
+    with pytest.raises(InputError, match="prepare again$") as error:
+        TokenStream(folder, "train", tokenizer, 8)
+    assert str(error.value).startswith(str(shard)) and "\n" not in str(error.value)
+
+
+def test_an_id_beyond_the_vocabulary_is_told_before_it_reaches_a_model(tmp_path):
+    tokenizer = Tokenizer([])
+    folder = prepare(jsonl(tmp_path / "stories.jsonl"), tmp_path / "corpus", tokenizer=tokenizer)
+    shard = folder / "train-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:601] + b"\xff" + content[602:])
+    stream = TokenStream(folder, "train", tokenizer, 8)
+    for use in (lambda: stream.batch(range(9)), lambda: list(stream.batches(9))):
+        with pytest.raises(InputError, match="damaged: id .* but the tokenizer has 257 ids; delete corpus.json and prepare again"):
+            use()
+
+
+@pytest.mark.parametrize("given, message", [({"vocab_size": 0}, "--vocab-size is 0"), ({"workers": 0}, "--workers is 0")])
+def test_a_bad_setting_stops_before_an_older_folder_is_touched(tmp_path, given, message):
+    source = jsonl(tmp_path / "stories.jsonl")
+    folder = prepare(source, tmp_path / "corpus", vocab_size=320)
+    jsonl(source, 61)  # so that the folder would be made anew
+    with pytest.raises(InputError, match=message):
+        prepare(source, folder, **{"vocab_size": 320} | given)
+    assert TokenStream(folder, "train", Tokenizer.load(folder), 8)
 
 
 def test_too_little_text_stops_with_the_numbers(tmp_path):
@@ -491,6 +646,51 @@ def test_a_data_set_of_the_hub_is_streamed_by_name_and_config(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         list(documents("owner/stories"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX's")
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_at_any_moment_ends_the_workers_too_and_the_next_run_is_whole(tmp_path, kill):
+    text = "".join(f"\n== Part {i} ==\n{ARTICLE}" for i in range(15))
+    source = dump(tmp_path / "lakes.xml", *(page(f"Lake {i}", text) for i in range(200)))
+    expected = prepare(source, tmp_path / "expected", vocab_size=320)
+    script = tmp_path / "script.py"  # a file, since the workers import it, which takes them seconds
+    script.write_text("""import sys\nfrom nanochat import corpus, runtime\nif __name__ == "__main__":
+    corpus.ALONE = 1
+    runtime.run_as_script(lambda: corpus.prepare(*sys.argv[1:], vocab_size=320, workers=2))""")
+    folder = tmp_path / "corpus"
+    for seconds in (0, 1, 2, 3, 5):  # the workers start, clean, end; a tokenizer is trained
+        (folder / "train.jsonl").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, script, source, folder], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])},
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        while not (folder / "train.jsonl").exists():  # all is imported by then, and reading has begun
+            time.sleep(0.01)
+        time.sleep(seconds)
+        if process.poll() == 0:
+            break
+        (os.killpg if kill == signal.SIGINT else os.kill)(process.pid, kill)  # Ctrl-C reaches the whole group
+        stderr = process.communicate(timeout=60)[1].decode()
+        deadline = time.monotonic() + 20
+        while group_is_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not group_is_alive(process.pid)
+        if kill == signal.SIGINT:
+            assert process.returncode == 130 and stderr.split()[-1] == "interrupted" and "Traceback" not in stderr
+        assert not (folder / "corpus.json").exists()
+    prepare(source, folder, vocab_size=320)
+    for name in ("train-00000.bin", "val-00000.bin", "tokenizer.json", "corpus.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow

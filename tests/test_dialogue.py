@@ -174,6 +174,31 @@ def test_padding_changes_no_loss(tokenizer, make_model):
     torch.testing.assert_close(model(*bare), loss, rtol=1e-9, atol=0)
 
 
+TYPED = st.text(max_size=12) | st.sampled_from([MARKERS, "\ud83d", "a\ud800 b", " \n"])  # halves of surrogate pairs too
+
+
+@st.composite
+def typed_conversations(draw) -> dialogue.Conversation:
+    contents = draw(st.lists(TYPED, min_size=1, max_size=6))
+    return conversation(*contents, system=draw(st.none() | TYPED), first=draw(st.sampled_from(["user", "assistant"])))
+
+
+@settings(max_examples=150, deadline=None)
+@given(messages=typed_conversations())
+def test_of_any_conversation_prompts_are_prefixes_and_replies_alone_are_supervised(tokenizer, messages):
+    ids, supervised = render(messages, tokenizer)
+    expected = [False] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = render_prompt(messages[:i], tokenizer)
+            reply = [*tokenizer.encode(message["content"]), tokenizer.control["<|end|>"]]
+            end = len(prompt) + len(reply)
+            assert ids[:end] == prompt + reply
+            expected[len(prompt) : end] = [True] * len(reply)
+    assert supervised == expected
+    assert [i for i in ids if i in tokenizer.control.values()].count(tokenizer.control["<|end|>"]) == len(messages)
+
+
 # Hugging Face reads the same template
 
 
@@ -320,12 +345,18 @@ def test_in_an_array_the_record_is_counted(tmp_path):
         (b" \n\r\n\t", "{path}: empty"),
         (b"\xef\xbb\xbf", "{path}: empty"),
         (b"[]", "{path}: empty"),
-        (as_lines([as_messages(PAIR)]).replace("🙂", "").encode("gbk"), "{path}: not UTF-8 at byte 43; convert it"),
-        ("\ufeff你好".encode("utf-16-le"), "{path}: not UTF-8 at byte 0"),
+        (as_lines([as_messages(PAIR)]).replace("🙂", "").encode("gbk"), "{path}, line 1: not UTF-8 at byte 43; convert it, e.g. iconv -f gbk -t utf-8"),
+        ("\ufeff你好".encode("utf-16-le"), "{path}, line 1: not UTF-8 at byte 0; convert it, e.g. iconv -f utf-16 -t utf-8"),
         (b'[\n{"messages": []},\n{]', "{path}:3: not JSON"),
         (b"{}\n{}", "{path}:1: keys are []"),
+        ('{"messages": []}'.encode("utf-16-le"), "{path}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv"),
+        (b"[" * 99_999, "{path}:1: not JSON: maximum recursion depth exceeded"),
+        (b"{}\n" + b"9" * 5_000, "{path}:1: keys are []"),
+        (b"9" * 5_000, "{path}:1: not JSON: Exceeds the limit"),
+        (b'{"messages": [{"role": ' + b"[" * 400 + b"]" * 400 + b"}]}", "{path}:1: role [[[[[[[...]]]]]]], must be one of"),
     ],
-    ids=["empty", "blank", "bom", "no records", "gbk", "utf-16", "broken array", "all bad"],
+    ids=["empty", "blank", "bom", "no records", "gbk", "utf-16", "broken array", "all bad", "utf-16 without a mark",
+         "deep array", "huge number in line 2", "huge number", "deep role"],
 )
 def test_a_file_without_a_usable_conversation_is_an_error_that_names_it(tmp_path, content, reason):
     path = tmp_path / "talk.jsonl"
@@ -518,6 +549,33 @@ def test_rows_hold_every_supervised_token_exactly_once(tokenizer, given_conversa
     assert sorted(learned) == sorted(expected)
     assert rows.supervised_tokens == len(expected)
     assert rows.input_tokens == sum(len(w.ids) - 1 for w in found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), block_size=st.integers(1, 40))
+def test_packing_takes_every_window_once_and_overfills_no_row(data, block_size):
+    sizes = data.draw(st.lists(st.integers(2, block_size + 1), max_size=30))
+    found = [Window([i] * size, [True] * size) for i, size in enumerate(sizes)]
+    rows = dialogue.best_fit(found, block_size)
+    assert sorted(w.ids[0] for row in rows for w in row) == list(range(len(found)))
+    lengths = [sum(len(w.ids) - 1 for w in row) for row in rows]
+    assert all(0 < length <= block_size for length in lengths)
+    assert sum(2 * length <= block_size for length in lengths) <= 1  # two such rows would have been one
+
+
+def test_the_fingerprint_is_equal_only_for_equal_rows(tokenizer):
+    pair = [conversation("Hi", "to be"), conversation("Hi", "or not", "Why?", "Because.")]
+    build = DialogueRows.build
+    first = build(pair, tokenizer, 64)
+    assert first.fingerprint == build(pair, tokenizer, 64).fingerprint and len(first.fingerprint) == 64
+    others = [build(pair[:1], tokenizer, 64), build(pair, tokenizer, 64, pack=False), build(pair, tokenizer, 16),
+              build(pair[::-1], tokenizer, 64, pack=False), build([], tokenizer, 64)]
+    window = first.rows[0][0]
+    others += [
+        DialogueRows([[Window([*window.ids[:-1], 0], window.supervised), *first.rows[0][1:]]], 64),
+        DialogueRows([[Window(window.ids, [True, *window.supervised[1:]]), *first.rows[0][1:]]], 64),
+    ]
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 8
 
 
 def test_packing_wastes_little(byte_tokenizer):

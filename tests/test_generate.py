@@ -1,20 +1,15 @@
-"""generate: choosing a token, decoding with a cache, streaming text, chatting; and sample.py over them."""
+"""generate and evaluate: choosing a token, decoding with a cache, streaming text, chatting, scoring."""
 
-import json
-import os
-import re
-import runpy
-import subprocess
-import sys
+import math
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import InputError, checkpoint, generate
+from nanochat import InputError, checkpoint, generate, runs
 from nanochat.dialogue import Cuts, DialogueRows, render, render_prompt, windows
 from nanochat.evaluate import Replies, greedy_replies, score
 from nanochat.generate import (
@@ -31,10 +26,8 @@ from nanochat.generate import (
     stream_text,
     texts,
 )
-from nanochat.model import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.model import GPT, Batch
 
-ROOT = Path(__file__).parent.parent
 BLOCK = 24  # of make_model
 
 
@@ -122,6 +115,18 @@ def test_a_call_is_not_affected_by_one_before_or_beside_it(make_model):
     pairs = list(zip(generate.generate(model, first, config), generate.generate(model, second, config)))
     beside = [[list(row) for row in zip(*steps)] for steps in zip(*pairs)]
     assert tuple(beside) == alone
+
+
+def test_a_cached_step_costs_the_same_products_at_any_context_and_the_head_reads_one_position(make_model):
+    model = make_model(block_size=64, n_head=2, n_embd=32)
+    blocks, head = 2 * 2 * 12 * 32 * 32, 2 * 97 * 32  # a multiply-add is two; two layers of 12 C², and V · C
+    for context in (10, 60):
+        steps = generate.generate(model, [prompt_of(context)], greedy(3))
+        for tokens in (context, 1, 1):  # the prompt, then what was chosen
+            with FlopCounterMode(display=False) as counter:
+                next(steps)
+            by_kind = {str(kind): flops for kind, flops in counter.get_flop_counts()["Global"].items()}
+            assert (by_kind["aten.addmm"], by_kind["aten.mm"]) == (tokens * blocks, head)
 
 
 # past the block
@@ -389,10 +394,87 @@ def test_settings_out_of_bounds_are_named_together():
             max_new_tokens=0, temperature=-0.1, top_k=-1, top_p=1.01, min_p=nan, repetition_penalty=0, stop=("a", "")
         )
     assert str(error.value) == (
-        "--max-new-tokens is 0, must be at least 1; --temperature is -0.1, must be at least 0; "
-        "--top-k is -1, must be at least 0; --top-p is 1.01, must be from 0 to 1; "
-        "--min-p is nan, must be from 0 to 1; --repetition-penalty is 0, must be above 0; --stop has an empty string"
+        "--max-new-tokens is 0, must be at least 1; --temperature is -0.1, must be from 0 to 100; "
+        "--top-k is -1, must be at least 0; --top-p is 1.01, must be from 0 to 1; --min-p is nan, must be from 0 to 1; "
+        "--repetition-penalty is 0, must be from 0.01 to 100; --stop has an empty string"
     )
+
+
+# the same, for any logits
+
+ROW = st.lists(st.floats(-6e4, 6e4, width=16) | st.sampled_from([-torch.inf, 0.0, 1.0, 6e4]), min_size=1, max_size=12)
+LOGITS = st.builds(
+    lambda row, dtype: torch.tensor([row], dtype=dtype),
+    ROW.filter(lambda row: max(row) > -torch.inf),  # some ids may be ruled out, not all
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+SHARE = st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]) | st.floats(0, 1)
+FILTERS = {keep_top_k: st.integers(1, 15) | st.just(2**70), keep_top_p: SHARE, keep_min_p: SHARE}
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), logits=LOGITS)
+def test_a_filter_changes_no_logit_that_it_keeps_and_keeps_more_the_wider_it_is(filter, data, logits):
+    narrow, wide = sorted((data.draw(FILTERS[filter]), data.draw(FILTERS[filter])), reverse=filter is keep_min_p)
+    left = set(kept(filter(logits, narrow)))
+    assert left <= set(kept(filter(logits, wide))) <= set(kept(logits))
+    assert logits.amax() in logits[0, list(left)]  # so one is left
+    for i in left:
+        assert filter(logits, narrow)[0, i] == logits[0, i]
+
+
+WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=WEIGHTS, data=st.data())
+def test_the_filters_are_what_their_definitions_say(weights, data):
+    """Probabilities are whole numbers over their sum, and every threshold lies half-way between two: no rounding."""
+    logits, falling = torch.tensor([weights]).log(), sorted(weights, reverse=True)
+
+    def left(filtered: torch.Tensor) -> list[int]:
+        return sorted((weights[i] for i in kept(filtered)), reverse=True)
+
+    k = data.draw(st.integers(1, 12))
+    assert left(keep_top_k(logits, k)) == [w for w in falling if w >= falling[: k][-1]]  # equals of the k-th stay too
+    reach = data.draw(st.integers(0, sum(weights) - 1)) + 0.5
+    expected = [w for i, w in enumerate(falling) if sum(falling[:i]) < reach]
+    assert left(keep_top_p(logits, reach / sum(weights))) == expected
+    least = data.draw(st.integers(0, max(weights) - 1)) + 0.5
+    assert left(keep_min_p(logits, least / max(weights))) == [w for w in falling if w >= least]
+    seen, penalty = data.draw(st.lists(st.sampled_from(range(len(weights))))), data.draw(st.floats(0.01, 100))
+    shifted = logits - 1  # of both signs
+    expected = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(shifted[0].tolist())]
+    assert penalise_repetition(shifted, [seen], penalty)[0].tolist() == pytest.approx(expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=LOGITS,
+    seen=st.sets(st.integers(0, 11)),
+    config=st.builds(
+        SampleConfig,
+        temperature=st.sampled_from([0.0, 5e-324, 1e-45, 1e-30, 0.8, 100.0]) | st.floats(0, 100),
+        top_k=st.integers(0, 15), top_p=SHARE, min_p=SHARE,
+        repetition_penalty=st.just(1.0) | st.floats(0.01, 100), seed=st.integers(-(2**80), 2**80),
+    ),
+)
+def test_whatever_the_settings_a_possible_token_is_chosen(logits, seen, config):
+    context = [[i for i in seen if i < logits.size(1)]]
+    for scaled in (logits, logits.float() * 1e30):
+        chosen = next_token(scaled, config, context, torch.Generator().manual_seed(0)).item()
+        assert chosen in kept(logits)
+        if config.temperature < 1e-20 and config.repetition_penalty == 1:  # in the limit, the likeliest
+            assert logits[0, chosen] == logits.amax()
+
+
+@pytest.mark.parametrize("row", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]], ids=str)
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logits_that_say_nothing_are_an_error_that_names_the_cause(row, temperature):
+    logits = torch.tensor([[1.0, 2.0], row])
+    with pytest.raises(InputError, match="logits are not finite: its weights are damaged"):
+        next_token(logits, SampleConfig(temperature=temperature), [[0], [0]], torch.Generator())
 
 
 # ids that the tokenizer does not know
@@ -496,7 +578,20 @@ def test_generation_stops_at_a_stop_string_across_tokens(tokenizer, make_model):
     assert "".join(generate.stream(model, tokenizer, [0], config)) == ""
     assert texts(model, tokenizer, [[0], [1, 2]], config) == ["", ""]
     config = SampleConfig(max_new_tokens=4, temperature=0, stop=("aaaaa",))  # its beginning only: nothing is lost
+    assert texts(model, tokenizer, [[0]], config) == ["aaaa"]
     assert "".join(generate.stream(model, tokenizer, [0], config)) == "aaaa"
+
+
+def test_no_token_is_made_after_every_text_has_met_a_stop_string(tokenizer, make_model, monkeypatch):
+    model = make_model(vocab_size=tokenizer.vocab_size)
+    token, end = tokenizer.encode("a") + [tokenizer.control["<|end|>"]]
+    # the first row says <|end|> at once, the second "a" for ever, the third "a" from its third token on
+    script = iter([[end, token, 5], [end, token, 6]] + [[end, token, token]] * 100)
+    monkeypatch.setattr(generate, "next_token", lambda logits, *rest: torch.tensor(next(script)))
+    config = SampleConfig(max_new_tokens=50, stop=("aaaaaa", "aa"))  # one is a part of the other: the first to end
+    before = tokenizer.decode([5, 6])
+    assert texts(model.train(), tokenizer, [[0]] * 3, config) == ["", "", before]
+    assert len(list(script)) == 102 - 4 and model.training
 
 
 @pytest.mark.parametrize("name", ["<|end|>", "<|endoftext|>", "<|user|>"])
@@ -531,6 +626,27 @@ def test_the_score_is_the_mean_over_all_targets_however_they_are_batched(tokeniz
     for batch_size in (1, 5):
         assert score(model, tokenizer, rows.batches(batch_size)) == pytest.approx(result, rel=1e-9)
     assert not model.training  # as it was
+
+
+def test_where_every_token_is_equally_likely_the_score_is_known_by_hand(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size)
+    torch.nn.init.zeros_(model.wte.weight)
+    V, ids = tokenizer.vocab_size, tokenizer.encode("Q你")
+    row = [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
+    batch = Batch(torch.tensor([row[:-1]]), torch.tensor([row[1:]]))  # its targets: 4 bytes and one end
+    nats = (len(ids) + 1) * math.log(V)
+    expected = {"loss": math.log(V), "perplexity": V, "bits_per_byte": nats / math.log(2) / 4}
+    assert score(model, tokenizer, [batch]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_evaluations_are_equal_bit_for_bit(tokenizer, make_model, dtype):
+    model = make_model(vocab_size=tokenizer.vocab_size, dtype=torch.float32, dropout=0.5).train()
+    ids = torch.randint(tokenizer.vocab_size, (6, BLOCK + 1))
+    batches = [Batch(part[:, :-1], part[:, 1:]) for part in ids.split(4)]
+    first = score(model, tokenizer, batches, dtype)
+    assert score(model, tokenizer, batches, dtype) == first
+    assert score(model, tokenizer, batches, torch.float32) != first or dtype == torch.float32
 
 
 def test_greedy_replies_ask_the_first_different_user_turns(tokenizer, make_model):
@@ -601,13 +717,35 @@ def test_a_message_that_does_not_fit_leaves_the_chat_as_it_was(tokenizer, make_m
     chat = Chat(model, tokenizer, SampleConfig(max_new_tokens=100))
     list(chat.ask("Hi"))
     before = list(chat.messages)
-    with pytest.raises(InputError, match=r"the message has 1,0\d\d tokens with template and system text; at most 48 fit"):
+    with pytest.raises(InputError, match=r"the message has 1,0\d\d tokens with the template; at most 48 fit"):
         list(chat.ask("QZ" * 500))
-    assert chat.messages == before
-    list(islice(chat.ask("Interrupted"), 1))  # a reply that was not read to its end is not remembered
     assert chat.messages == before
     list(chat.ask("Still there?"))
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_of_a_reply_that_is_broken_off_what_was_read_is_remembered(tokenizer, make_model):
+    model = rig(make_model(vocab_size=tokenizer.vocab_size, block_size=64), *tokenizer.encode("a"))
+    chat = Chat(model, tokenizer, greedy(30))
+    assert "".join(islice(chat.ask("My name is Ada."), 3)) == "aaa"
+    assert chat.messages[1:] == [{"role": "assistant", "content": "aaa"}]
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("What is my name?").throw(KeyboardInterrupt)  # before it began: nothing was asked
+    assert len(chat.messages) == 2
+
+
+def test_a_system_text_that_leaves_no_room_for_a_message_is_refused_at_once(tokenizer, make_model):
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    with pytest.raises(InputError, match=r"system text and message have 1\d\d tokens with the template; at most 48 fit"):
+        Chat(model, tokenizer, SampleConfig(), system="QZ" * 60)
+
+
+def test_a_long_chat_reads_only_what_fits(tokenizer, monkeypatch):
+    talk = [{"role": role, "content": "Hello"} for role in ("user", "assistant") * 1000] + [{"role": "user", "content": "Hi"}]
+    read, encode = [], type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: read.append(text) or encode(self, text))
+    prompt, dropped = fit(talk, tokenizer, 64, 12)
+    assert len(prompt) <= 64 - 12 and 1900 < dropped < 2000 and len(read) < 200
 
 
 def test_the_prompt_that_fits_exactly_loses_nothing(tokenizer):
@@ -623,159 +761,13 @@ def test_the_prompt_that_fits_exactly_loses_nothing(tokenizer):
     assert render(messages, tokenizer)[0] == fit(messages, tokenizer, 1024, 1)[0][:-1]
 
 
-# sample.py
-
-
-@pytest.fixture(scope="module")
-def saved(tokenizer, tmp_path_factory) -> Path:
-    """A folder with three tiny run folders: chat answers "a" for ever, base and random are what they are."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(1)
-    config = GPTConfig(tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
-    model = GPT(config).eval()
-    base = Tokenizer(tokenizer.merges, list(tokenizer.control))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    checkpoint.save(folder / "random", 1, model, tokenizer, settings={}, results={}, best=True)
-    checkpoint.save(folder / "base", 1, model, base, settings={}, results={}, best=True)
-    rig(model, *tokenizer.encode("a"))
-    checkpoint.save(folder / "chat", 1, model, tokenizer, settings={}, results={}, best=True)
-    return folder
-
-
-@pytest.fixture
-def sample(saved, monkeypatch, capsys):
-    """sample(flags …) → (exit code, stdout, stderr) of sample.py, run in this process."""
-
-    def run(*flags):
-        monkeypatch.chdir(saved)
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_60_turns_through_the_real_chat_loop(saved, tokenizer):
-    lines = [f"{turn}: 你好🙂" + " Hello" * (turn % 3) for turn in range(60)]
-    lines.insert(30, "QZ" * 200)  # does not fit
-    flags = ["--checkpoint", "chat", "--system", "Be kind.", "--max-new-tokens", "12", "--temperature", "0"]
-    chat = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *flags], input="\n".join(lines) + "\n", capture_output=True,
-        encoding="utf-8", cwd=saved, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
-    )
-    assert chat.returncode == 0, chat.stderr
-    assert chat.stdout == ("a" * 12 + "\n") * 60
-    system = {"role": "system", "content": "Be kind."}
-    needed = len(render_prompt([system, {"role": "user", "content": lines[30]}], tokenizer))
-    errors = [line for line in chat.stderr.splitlines() if line.startswith("error:")]
-    assert errors == [f"error: the message has {needed} tokens with template and system text; at most 52 fit"]
-    left_out = [int(n) for n in re.findall(r"\(the oldest (\d+) messages no longer fit", chat.stderr)]
-    assert left_out == sorted(left_out) and left_out[-1] > 100
-    assert len(chat.stderr.splitlines()) == 1 + len(left_out)
-
-
-def test_raw_greedy_text_is_that_of_hugging_faces_generate(saved, sample, capsys):
-    transformers = pytest.importorskip("transformers")
-    folder = saved / "random" / "best"
-    theirs, their_tokenizer = (
-        kind.from_pretrained(folder) for kind in (transformers.GPT2LMHeadModel, transformers.AutoTokenizer)
-    )
-    capsys.readouterr()  # their progress bar
-    for prompt in ("The miller's daughter", "小河流过", "a"):
-        inputs = their_tokenizer(prompt, return_tensors="pt")
-        ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=30)[0]
-        # ours ends at a role's token too
-        control = [i for i, token in enumerate(ids.tolist()) if token in their_tokenizer.all_special_ids]
-        expected = their_tokenizer.decode(ids[: min(control, default=len(ids))])
-        flags = ["--raw", "--temperature", 0, "--max-new-tokens", 30, "--prompt", prompt]
-        code, out, err = sample("--checkpoint", "random", *flags)
-        assert (code, out, err) == (0, expected + "\n", "")
-        assert len(set(ids.tolist())) > 8  # it said something
-
-
-def test_a_chat_checkpoint_answers_and_a_base_one_continues(sample):
-    flags = ["--temperature", 0, "--max-new-tokens", 3, "--prompt", "Hi"]
-    assert sample("--checkpoint", "chat", *flags) == (0, "aaa\n", "")
-    assert sample("--checkpoint", "chat", "--raw", *flags) == (0, "Hiaaa\n", "")
-    assert sample("--checkpoint", "chat", "--num-samples", 2, *flags)[1] == "--- 1\naaa\n--- 2\naaa\n"
-    code, out, _ = sample("--checkpoint", "base", *flags)
-    assert code == 0 and out.startswith("Hi")
-
-
-def test_a_raw_prompt_longer_than_the_block_is_cut_with_a_line(sample):
-    prompt = "QZ" * 50
-    code, out, err = sample(
-        "--checkpoint", "chat", "--raw", "--temperature", 0, "--max-new-tokens", 2, "--prompt", prompt
-    )
-    assert code == 0 and out == prompt + "aa\n"
-    assert err == "--prompt has 100 tokens; only its last 32 are read\n"
-
-
-def test_an_empty_raw_prompt_begins_a_text(sample):
-    flags = ["--temperature", 0, "--max-new-tokens", 3, "--prompt", ""]
-    assert sample("--checkpoint", "chat", "--raw", *flags) == (0, "aaa\n", "")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--checkpoint", "no/such/folder", "--prompt", "a"], "no/such/folder: no such checkpoint"),
-        (["--checkpoint", ".", "--prompt", "a"], "no config.json"),
-        (["--checkpoint", "base"], "--prompt is missing"),
-        (["--checkpoint", "chat", "--prompt", ""], "the message is empty"),
-        (
-            ["--checkpoint", "chat", "--prompt", "QZ" * 50],
-            "the message has 1.. tokens with template and system text; at most 48 fit",
-        ),
-        (["--checkpoint", "chat", "--prompt", "a", "--num-samples", "0"], "--num-samples is 0, must be at least 1"),
-        (["--checkpoint", "chat", "--prompt", "a", "--device", "warp"], "--device warp: .*; try auto or cpu"),
-    ],
-    ids=lambda value: None if isinstance(value, list) else value[:24],
-)
-def test_wrong_input_is_one_line_and_exit_code_2(sample, flags, message):
-    code, out, err = sample(*flags)
-    assert (code, out) == (2, "")
-    assert re.fullmatch(f"error: .*{message}.*\n", err), err
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--temperature", "-1"], "--temperature is -1.0, must be at least 0"),
-        (["--temprature", "1"], "--temperature"),  # the suggestion
-        (["--top-k", "many"], "many"),
-    ],
-    ids=["negative", "misspelt", "no number"],
-)
-def test_a_wrong_flag_is_explained_with_exit_code_2(sample, flags, message):
-    code, out, err = sample("--checkpoint", "chat", "--prompt", "a", *flags)
-    assert (code, out) == (2, "")
-    assert message in re.sub(r"[│\s]+", " ", err) and "Traceback" not in err
-
-
-def test_a_checkpoint_with_another_template_is_refused(saved, sample):
-    about = saved / "random" / "best" / "nanochat.json"
-    content = json.loads(about.read_text(encoding="utf-8"))
-    other = saved / "other"
-    checkpoint.save(other, 1, *checkpoint.load(saved / "random"), settings={}, results={})
-    (other / "last" / "nanochat.json").write_text(json.dumps(content | {"template": "nanochat-0"}), encoding="utf-8")
-    code, _, err = sample("--checkpoint", "other", "--prompt", "a")
-    assert code == 2 and "made with chat template 'nanochat-0'" in err
-
-
 def test_the_pipeline_of_hugging_face_gives_our_reply(make_model, tokenizer, tmp_path):
     from transformers import pipeline
 
     model = make_model(dtype=torch.float32, noise=0.3, vocab_size=tokenizer.vocab_size, block_size=64)
     with torch.no_grad():  # the only control ids that a reply may meet are the two that end it, in both
         model.wte.weight[[tokenizer.control[f"<|{role}|>"] for role in ("system", "user", "assistant")]] = 0
-    folder = checkpoint.save(tmp_path / "run", 1, model, tokenizer, settings={}, results={})
+    folder = runs.save(tmp_path / "run", 1, model, tokenizer, settings={}, results={})
     messages = [{"role": "user", "content": "Where do they go? 🙂"}]
     chat = pipeline("text-generation", str(folder), max_new_tokens=16, do_sample=False)
     theirs = chat(messages)[0]["generated_text"][-1]["content"]

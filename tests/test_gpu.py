@@ -1,6 +1,9 @@
 """On a machine with a CUDA device: pytest -m gpu. The same network, loop and scripts, in half precision."""
 
+import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import runtime
+from nanochat import InputError, rehearsal, runtime
 from nanochat.generate import SampleConfig, generate_ids
-from nanochat.model import GPT, GPTConfig
+from nanochat.model import GPT, Batch, GPTConfig
 from nanochat.training import TrainConfig, build_optimizer
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +77,45 @@ def test_the_three_scripts_run(dtype, tmp_path):
                               capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         assert command[0] == "sample.py" or "on cuda" in done.stderr
+
+
+def train_tiny(cwd: Path, *flags) -> subprocess.CompletedProcess:
+    command = ["--data", ROOT / "data" / "samples" / "garden.txt", "--n-layer", "2", "--n-head", "2", "--n-embd", "64",
+               "--vocab-size", "384", "--block-size", "128", *flags]
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=cwd, capture_output=True,
+                          encoding="utf-8")
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"]])
+def test_a_resumed_run_ends_where_the_whole_one_does(flags, tmp_path):
+    flags = [*flags, "--max-steps", "8", "--save-every", "4", "--eval-every", "8", "--dropout", "0.1"]
+    whole = train_tiny(tmp_path, *flags)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "out" / "pretrained"
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out / "step-000008")  # as a kill after step 4 would leave it
+    resumed = train_tiny(tmp_path, *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    again = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert again == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(tmp_path):
+    # rows of 128 tokens: 33 million, some 300 GB of activations
+    refused = train_tiny(tmp_path, "--batch-size", 2**18, "--max-steps", "1")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    flags = re.search(r"--batch-size \d+ --accumulate \d+(?= fits)", refused.stderr)
+    assert flags, refused.stderr
+
+
+def test_the_allocator_of_the_gpu_running_out_is_one_line_with_a_pair():
+    """Where the estimate is too low, the rehearsal itself runs out, and finds the pair by trying."""
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    try:
+        gpt = GPT(GPTConfig(vocab_size=8192, block_size=512, n_layer=4, n_head=4, n_embd=256)).to(CUDA)
+        optimizer = build_optimizer(gpt, TrainConfig())
+        tokens = torch.zeros(512, 512, dtype=torch.int64, device=CUDA)
+        with pytest.raises(InputError, match=r"does not fit the memory of cuda.*--batch-size \d+ --accumulate \d+ fits"):
+            rehearsal.rehearse(gpt, optimizer, Batch(tokens, tokens), 1, torch.float32, compiling=False, seconds=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "model": 0, "tokenizer": 0, "wikitext": 0, "runtime": 0,
     "checkpoint": 1, "corpus": 1, "dialogue": 1,
-    "generate": 2, "training": 2,
-    "evaluate": 3,
+    "generate": 2, "runs": 2,
+    "evaluate": 3, "rehearsal": 3,
+    "training": 4,
 }
 SCRIPTS = ("train", "finetune", "sample")
 

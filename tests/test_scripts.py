@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanochat import checkpoint, dialogue
 from nanochat.generate import Chat, SampleConfig
@@ -81,33 +80,6 @@ def test_scripts_speak_utf8_in_any_locale(folder):
         said = script("sample.py", "--checkpoint", "out/pretrained", "--prompt", "小河🙂", "--max-new-tokens", 4,
                       cwd=folder, **env)
         assert said.returncode == 0 and said.stdout.startswith("小河🙂"), said.stderr
-
-
-@pytest.mark.parametrize("name", ["train.py", "finetune.py"])
-def test_a_resumed_script_ends_where_the_whole_one_does(name, folder, tmp_path):
-    """Mid-epoch, with dropout: 6 steps, against 3 steps, a stop, and the other 3."""
-    data = SAMPLES / ("garden.txt" if name == "train.py" else "dialogues.jsonl")
-    flags = ["--data", data, "--dropout", "0.1", "--batch-size", "2", "--max-steps", "6", "--save-every", "3",
-             "--eval-every", "6"]
-    if name == "train.py":
-        flags += [*TINY]
-    else:
-        flags += ["--val-data", data, "--init", folder / "out" / "pretrained"]
-    whole = script(name, *flags, "--out", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    cut = tmp_path / "cut"
-    (tmp_path / "whole").rename(cut)
-    losses = [json.loads(line)["loss"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
-    expected = checkpoint.load(cut)[0].state_dict()
-    # what a kill right after the checkpoint of step 3 leaves behind
-    for pointer in ("best", "last"):
-        (cut / pointer).unlink()
-    (cut / "last").symlink_to("step-000003")
-    resumed = script(name, *flags, "--out", "cut", "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert [json.loads(line)["loss"] for line in (cut / "metrics.jsonl").read_text().splitlines()] == losses
-    for key, value in checkpoint.load(cut)[0].state_dict().items():
-        assert torch.equal(value, expected[key]), key
 
 
 def test_show_batch_marks_what_is_learned_and_trains_nothing(folder, tmp_path):

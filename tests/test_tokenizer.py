@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tokenizers import models
 from transformers import AutoTokenizer
 
 from nanochat import InputError
+from nanochat import tokenizer as room
 from nanochat.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, END_OF_TEXT, Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,8 @@ STRINGS = [
 UNICODE = st.text(max_size=80) | st.text(
     st.sampled_from("  \n\t\r\u00a0\u3000'’.,sdtmlrve19½ᵃÀ你🙂\u0301"), max_size=80
 )
+SURROGATES = st.characters(min_codepoint=0xD800, max_codepoint=0xDFFF, categories=["Cs"])
+TYPED = st.lists(UNICODE | st.text(SURROGATES, max_size=2) | st.sampled_from([END_OF_TEXT, *CHAT_TOKENS])).map("".join)
 MARKERS = "<|user|>Hi<|end|><|assistant|><|system|> and <|endoftext|>"
 
 
@@ -161,9 +165,52 @@ def test_too_little_text_gives_a_smaller_vocabulary_of_real_tokens():
     assert len(set(grown.token_bytes)) == grown.vocab_size
 
 
-def test_too_small_a_vocabulary_stops_with_the_flag():
-    with pytest.raises(InputError, match="--vocab-size is 319, must be at least 320"):
-        Tokenizer.train([TEXT], 319)
+def test_too_small_or_too_large_a_vocabulary_stops_with_the_flag():
+    for size in (319, 1_000_001):
+        with pytest.raises(InputError, match=f"--vocab-size is {size}, must be at least 320 and at most a million"):
+            Tokenizer.train([TEXT], size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TYPED)
+def test_any_text_comes_back_with_halves_of_surrogate_pairs_replaced(text, tokenizer, gpt2):
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for ours in (tokenizer, gpt2):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == expected and ours.decode_bytes(ids) == expected.encode()
+        assert not set(ids) & set(ours.control.values())
+        assert ours.encode_batch([text, ""]) == [ids, []]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TYPED)
+def test_long_white_space_is_encoded_another_way_with_equal_ids(text, tokenizer):
+    ids = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "BLANK", 1)
+        assert tokenizer.encode(text) == ids and tokenizer.encode_batch([text, "to"]) == [ids, tokenizer.encode("to")]
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "a"], ids=ascii)
+def test_two_million_equal_characters_are_encoded_in_seconds(character, tokenizer, hugging_face):
+    text = "to" + character * 2_000_000 + "be"  # tiktoken alone would panic on a million white-space characters
+    start = time.monotonic()
+    [ids, [_]] = tokenizer.encode_batch([text, "a"])
+    assert time.monotonic() - start < 20
+    assert ids == hugging_face.encode(text).ids
+
+
+def test_training_on_a_million_letters_without_a_space_takes_seconds():
+    start = time.monotonic()
+    Tokenizer.train(["ab" * 500_000, " " * 1_000_000], 320)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("ids", [[-1], [3, 384], [10**30]])
+def test_an_id_that_the_tokenizer_has_not_is_an_error_with_the_bounds(ids, tokenizer):
+    for decode in (tokenizer.decode, tokenizer.decode_bytes):
+        with pytest.raises(InputError, match=rf"ids from {min(ids)} to {max(ids)}: this tokenizer has 0 … 383$"):
+            decode(iter(ids))
 
 
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(tokenizer):
@@ -333,10 +380,34 @@ def test_merges_that_no_training_makes_are_refused(tmp_path):
     assert "its merges do not lead to all of its tokens" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", '{"model": {', "[]", "{}", '{"model": null}', "\xff\xfe"])
+@pytest.mark.parametrize("content", ["", '{"model": {', "[]", "{}", '{"model": null}', "\xff\xfe", "[" * 99_999, "9" * 5_000])
 def test_a_broken_tokenizer_json_is_refused_by_name(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
-    assert refusal(tmp_path).startswith(f"{tmp_path / 'tokenizer.json'}: ")
+    assert refusal(tmp_path).startswith((f"{tmp_path / 'tokenizer.json'}: ", f"{tmp_path / 'tokenizer.json'}, line 1: "))
+
+
+DAMAGE = [
+    lambda data: data.update(model="BPE"),
+    lambda data: data.update(pre_tokenizer=[]),
+    lambda data: data.update(pre_tokenizer=5),
+    lambda data: data.update(added_tokens=7),
+    lambda data: data.update(added_tokens=[None]),
+    lambda data: data["added_tokens"].append({"id": 384}),
+    lambda data: data["added_tokens"].append({"content": "x"}),
+    lambda data: data["added_tokens"].append({"content": "\ud800", "id": 384}),
+    lambda data: data["model"].update(vocab=[]),
+    lambda data: data["model"].update(merges={}),
+    lambda data: data["model"]["vocab"].update(a="0"),
+    lambda data: data["model"]["vocab"].update(a=64.0),
+    lambda data: data["model"]["merges"].append(7),
+    lambda data: data["model"]["merges"].append([["a"], "b"]),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_values_of_another_type_in_tokenizer_json_are_refused_by_name(tokenizer, tmp_path, damage):
+    tokenizer.save(tmp_path)
+    assert refusal(rewrite(tmp_path, damage)).startswith(f"{tmp_path / 'tokenizer.json'}: ")
 
 
 def test_a_broken_tokenizer_config_is_refused_by_name(tokenizer, tmp_path):

@@ -1,0 +1,208 @@
+"""Before the first step: what a run will take, in memory, time and disk, and whether it is there.
+
+`rehearse` takes a few steps that change nothing. They tell how long a step is (which turns
+--max-minutes into a number of steps, once, so that a resumed run has the same schedule) and
+whether the compiler works. What does not fit stops here, with the settings that do, and not after
+an hour, in a traceback or by the kernel's hand.
+"""
+
+import copy
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from nanochat import InputError, runs
+from nanochat.model import GPT, LOSS_CHUNK, Batch
+from nanochat.runtime import autocast, out_of_memory, rng_state, set_rng_state
+
+ROOM = 0.9  # share of the memory that a run may take: the rest is for buffers that nobody counts
+
+
+def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.dtype, compiling: bool,
+             seconds: float) -> tuple[nn.Module, float, int]:
+    """Steps that change nothing, for about `seconds`: → (network, compiled if that works; seconds of a step; bytes of memory).
+
+    The optimizer's state is emptied afterwards and the random state put back; `batch` is on the
+    model's device. InputError, with the settings that fit, if the memory is too small. A GPU says
+    so itself, and its memory is measured; of a CPU's it is estimated, since there the kernel kills.
+    """
+    device = batch.inputs.device
+    if compiling and device.type == "cpu":  # a compiled backward adds up the rows of the tables in any order
+        torch.use_deterministic_algorithms(True)
+    random_state, mode = rng_state(device), model.training
+    model.train()
+    rounds: list[float] = []
+    try:
+        memory = 0 if device.type == "cuda" else check_memory(model, optimizer, *batch.inputs.shape, accumulate, dtype)
+        network = compiled(model, optimizer, batch, dtype) if compiling else model
+        while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
+            micro_step, update = one_round(network, optimizer, batch, dtype)
+            rounds.append(accumulate * micro_step + update)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    if len(rounds) < 3:  # said here, since the except clause keeps the tensors of the failed round alive
+        raise InputError(f"--batch-size {len(batch.inputs)} does not fit the memory of {device}; "
+                         + advice(what_fits(model, optimizer, batch, accumulate, dtype)))
+    optimizer.zero_grad(set_to_none=True)
+    for part in getattr(optimizer, "parts", [optimizer]):
+        part.state.clear()
+    set_rng_state(random_state, device)
+    model.train(mode)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    return network, median(rounds[1:]), memory  # the first round warms up
+
+
+def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> nn.Module:
+    """The model with `features` compiled, for each length of rows; or, after one warning, the model itself.
+
+    The loss stays as it is: its shapes follow the number of supervised tokens of a batch.
+    """
+    try:
+        torch._dynamo.config.recompile_limit = 64  # lengths of rows; beyond it the rest would run uncompiled
+        network = copy.copy(model)  # another object with the same weights
+        network.features = torch.compile(model.features, dynamic=False)
+        one_round(network, optimizer, batch, dtype)
+        return network
+    except Exception as error:  # a missing compiler, an unknown GPU, … raise a dozen kinds
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"warning: --compile does not work here, going on without it: {reason}", file=sys.stderr)
+        return model
+
+
+def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a micro-step and of an update. Zero gradients at a rate of zero leave every weight as it is."""
+    device = batch.inputs.device
+    start = clock(device)
+    with autocast(device, dtype):
+        loss = network(*batch)
+    loss.backward()
+    middle = clock(device)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad.zero_()
+    optimizer.step()
+    return middle - start, clock(device) - middle
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------ memory
+
+
+def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, accumulate: int, dtype: torch.dtype) -> int:
+    """Bytes that a step takes, about; InputError, with the settings that fit, if the device has fewer."""
+    device = model.wte.weight.device
+    limit, needs = ROOM * memory_of(device), memory_needed(model, optimizer, tokens, dtype)
+    if needs(batch_size) <= limit:
+        return int(needs(batch_size))
+    pair = next((pair for pair in smaller(batch_size, accumulate) if needs(pair[0]) <= limit), None)
+    raise InputError(f"--batch-size {batch_size} with rows of {tokens} tokens needs about {needs(batch_size) / 1e9:.1f} GB, "
+                     f"{device} has {limit / ROOM / 1e9:.1f} GB; {advice(pair)}")
+
+
+def smaller(batch_size: int, accumulate: int) -> list[tuple[int, int]]:
+    """Pairs (batch_size, accumulate) of less memory and the same rows, so the same gradient, a step; largest first."""
+    rows = batch_size * accumulate
+    return [(size, rows // size) for size in range(batch_size - 1, 0, -1) if rows % size == 0]
+
+
+def advice(pair: tuple[int, int] | None) -> str:
+    if pair is None:
+        return "not even 1 fits: take a smaller model or --block-size"
+    return f"--batch-size {pair[0]} --accumulate {pair[1]} fits and takes the same steps"
+
+
+def what_fits(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.dtype) -> tuple[int, int] | None:
+    """The largest smaller pair, found by trying."""
+    for size, more in smaller(len(batch.inputs), accumulate):
+        try:
+            one_round(model, optimizer, Batch(*(None if x is None else x[:size] for x in batch)), dtype)
+            return size, more
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+    return None
+
+
+def memory_needed(model: GPT, optimizer, tokens: int, dtype: torch.dtype) -> Callable[[int], float]:
+    """Bytes of a training step on a CPU, as a function of the number of rows of `tokens` tokens.
+
+    Weights, gradients and the optimizer's state are known. What a forward pass keeps for its
+    backward is counted in two short rows, and grows in proportion to the tokens (attention never
+    holds a T × T matrix). A backward holds about half as much again, and its logits five times.
+    """
+    kept = {}
+    device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for length in (max(1, tokens // 4), max(2, tokens // 2)):
+        storages: dict[int, int] = {}
+
+        def note(x: torch.Tensor, storages=storages) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        row = torch.zeros(1, length, dtype=torch.int64, device=device)
+        with saved_tensors_hooks(note, lambda x: x), autocast(device, dtype):
+            loss = model(row, row)  # held until its tensors are counted
+        kept[length] = sum(size for key, size in storages.items() if key not in weights)
+        del loss
+    (short, least), (long, most) = kept.items()
+    per_token = (most - least) / (long - short)
+    fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
+    chunk = 4 * model.config.vocab_size * LOSS_CHUNK  # fp32 logits
+    return lambda rows: (fixed + least - short * per_token + 1.5 * per_token * rows * tokens
+                         + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that this process may have: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [2**62]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits)
+
+
+# ------------------------------------------------------------------ disk
+
+
+def optimizer_bytes(optimizer) -> int:
+    """Size of its state: two fp32 numbers a weight for AdamW, one for Muon."""
+    parts = getattr(optimizer, "parts", [optimizer])
+    return sum((1 if isinstance(part, torch.optim.Muon) else 2) * 4 * p.numel()
+               for part in parts for group in part.param_groups for p in group["params"])
+
+
+def checkpoint_bytes(model: GPT, optimizer) -> int:
+    """Size of a checkpoint: fp32 weights, the optimizer's state, and 4 MB for the tokenizer and the rest."""
+    return sum(4 * p.numel() for p in model.parameters()) + optimizer_bytes(optimizer) + 4_000_000
+
+
+def check_disk(out: Path, size: int, keep: int) -> None:
+    """InputError if checkpoints of `size` bytes will not fit: --keep, the best, and the one being written."""
+    out.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for step in runs.saved_steps(out) for path in step.rglob("*.*"))
+    needed, free = (keep + 2) * size, shutil.disk_usage(out).free + there
+    if needed > free:
+        raise InputError(f"--out {out}: {keep + 2} checkpoints (--keep, the best, the one being written) of "
+                         f"{size / 1e6:,.0f} MB need {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
