@@ -59,7 +59,7 @@ def main() -> None:
     dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
 
     conversations, problems = dialogue.read(find(settings.data))
-    if settings.val_data:
+    if settings.val_data is not None:
         held_out, more_problems = dialogue.read(find(settings.val_data))
         problems += more_problems
         train_split, val_split, test_split = conversations, held_out, held_out
@@ -77,7 +77,7 @@ def main() -> None:
         model.grow(tokenizer.vocab_size)
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
-    block_size = min(settings.block_size or model.config.block_size, model.config.block_size)
+    block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
     if block_size < 16:
         raise InputError(f"--block-size is {block_size}, must be at least 16")
     train_rows, val_rows, test_rows = (

@@ -72,15 +72,15 @@ def main() -> None:
     dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
 
     sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(Settings, name)]
-    if settings.init and sizes:
+    if settings.init is not None and sizes:
         raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
     source = find(settings.data)
-    val_source = find(settings.val_data) if settings.val_data else None
+    val_source = find(settings.val_data) if settings.val_data is not None else None
     model = tokenizer = None
     block_size = settings.block_size
-    if step or settings.init:
+    if step or settings.init is not None:
         model, tokenizer = checkpoint.load(step or settings.init)
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}

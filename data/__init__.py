@@ -13,6 +13,8 @@ def find(data: str) -> str:
 
     Raises InputError for a single word that is neither a path nor a name.
     """
+    if not data.strip():
+        raise InputError("--data is empty")
     if Path(data).exists() or "/" in data or "." in data:
         return data
     if data not in NAMES:

@@ -9,5 +9,5 @@ The rooms are modules; import the one that you need:
 __version__ = "0.1.0"
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to change."""

@@ -143,6 +143,8 @@ def shortened(text: str) -> str:
 def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Path:
     """The folder (or ckpt.pt) that holds the weights: follows run folders, asks the hub for names."""
     path = Path(source)
+    if not str(source).strip():
+        raise InputError("the name of a checkpoint is empty")
     if path.is_dir():
         for pointer in prefer:
             if os.path.lexists(path / pointer):
@@ -390,7 +392,7 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_bytes((text + "\n").encode("utf-8", "surrogateescape"))  # paths of a C locale are bytes in disguise
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).cpu()  # which "meta" cannot do
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; try auto or cpu") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0][:100]}; try auto or cpu") from None
     return torch.device(name)
 
 
@@ -150,7 +150,7 @@ def draw_losses(log: Path, picture: Path) -> None:
         axes.plot(steps[width - 1 :], smooth, color="#1f5fa8", label=f"training, mean of {width} steps")
     if val:
         axes.plot(*zip(*val), "o-", color="#d1495b", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=picture.parent.name)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -213,6 +213,11 @@ def run_as_script(main: Callable[[], None]) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
+        sys.exit(128 + 13)
     except InputError as error:
         sys.exit(say(f"error: {error}", 2))
     except OSError as error:

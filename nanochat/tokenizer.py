@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text files: the training split only")
     parser.add_argument("--vocab-size", type=int, default=8192, help="ids in all (default: 8192)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parser.parse_args()
 
     def chunks():  # bounded memory, whatever the file size; a cut costs at most one merge

@@ -185,12 +185,12 @@ class TrainConfig:
         wrong = [
             f"--{name.replace('_', '-')} is {value}, must be at least {low}"
             for name, low in least.items()
-            if (value := getattr(self, name)) is not None and not value >= low
+            if (value := getattr(self, name)) is not None and not low <= value < math.inf
         ]
         wrong += [
-            f"--{name.replace('_', '-')} is {value}, must be above 0"
-            for name in ("max_minutes", "epochs", "learning_rate", "clip")
-            if (value := getattr(self, name)) is not None and not value > 0
+            f"--{name.replace('_', '-')} is {value}, must be above 0 and at most {most:g}"
+            for name, most in {"max_minutes": 1e7, "epochs": 1e9, "learning_rate": 1e3, "clip": math.inf}.items()
+            if (value := getattr(self, name)) is not None and not 0 < value <= most
         ]
         if self.seed > 2**40:
             wrong.append(f"--seed is {self.seed}, must be at most 2^40")

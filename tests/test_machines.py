@@ -155,11 +155,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("env", [
-    LOCALES[0],
-    pytest.param(LOCALES[1], marks=pytest.mark.xfail(strict=True, reason="tokenizer.main prints in the locale's encoding")),
-    pytest.param(LOCALES[2], marks=pytest.mark.xfail(strict=True, reason="tokenizer.main prints in the locale's encoding")),
-], ids=named)
+@pytest.mark.parametrize("env", LOCALES, ids=named)
 def test_a_tokenizer_is_trained_from_and_into_any_file_name(env, folder):
     [ended] = commands([ROOT / "nanochat" / "tokenizer.py", "小河🙂.txt", "--vocab-size", "384", "--out", "词🙂"],
                        cwd=folder, env=env)
@@ -202,13 +198,8 @@ def test_what_cannot_be_read_is_one_line_with_exit_code_2_where_text_is_ascii(ru
         assert "Traceback" not in command.err
 
 
-FIRST_SAVE_FAILS = pytest.mark.xfail(strict=True, reason="checkpoint.write_json and runtime.draw_losses: surrogates")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "env", [pytest.param(env, marks=FIRST_SAVE_FAILS if "PYTHONUTF8" in env else ()) for env in LOCALES], ids=named
-)
+@pytest.mark.parametrize("env", LOCALES, ids=named)
 def test_training_takes_any_file_name(env, folder):
     text, talks = ["--data", "小河🙂.txt"], ["--data", "对话🙂.jsonl", "--val-data", "对话🙂.jsonl"]
     ended = commands(

@@ -368,15 +368,11 @@ def test_a_value_of_the_wrong_type_is_refused_with_flag_and_value(name, monkeypa
             assert (code, out) == (2, "") and flag in err and value in err and "Traceback" not in err, (flag, value)
 
 
-# Of no use to a run, but TrainConfig lets them through: a message from the middle of the run, or a traceback.
-LET_THROUGH = pytest.mark.xfail(strict=True, reason="TrainConfig: inf for --learning-rate, --weight-decay, --epochs …")
 REFUSED_LATER = {"--vocab-size", "--block-size", "--n-layer", "--n-head", "--n-embd", "--dropout"}  # the test below
 HAVE_A_MEANING = {("--clip", "inf"), ("--clip", "1e999"), ("--seed", "-1")}  # no clipping; sample.py takes any seed
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("train.py", marks=LET_THROUGH), pytest.param("finetune.py", marks=LET_THROUGH), "sample.py"]
-)
+@pytest.mark.parametrize("name", ["train.py", "finetune.py", "sample.py"])
 def test_a_number_that_means_nothing_is_refused_with_flag_and_value(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     passed = []
