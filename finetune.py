@@ -4,6 +4,7 @@
     python finetune.py --init gpt2 --data my_dialogues.jsonl    GPT-2, on your own conversations
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -95,7 +96,8 @@ def main() -> None:
         return
 
     def score(rows: DialogueRows, dtype=dtype) -> dict[str, float]:
-        return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype)
+        total = math.ceil(len(rows) / config.batch_size)
+        return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype, total)
 
     def evaluation() -> dict[str, float]:
         return {f"val_{key}": value for key, value in score(val_rows).items()}

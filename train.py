@@ -5,6 +5,7 @@
     python train.py --init gpt2 --data corpus.txt     go on from GPT-2's weights
 """
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -97,9 +98,11 @@ def main() -> None:
         corpus.TokenStream(folder, split, tokenizer, block_size) for split in ("train", "val")
     )
 
+    all_batches = math.ceil((val_split.tokens - 1) / (config.batch_size * block_size))
+
     def evaluation() -> dict[str, float]:
-        first = EVALUATION_TOKENS // (config.batch_size * block_size)
-        scores = evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), first + 1), dtype)
+        first = min(all_batches, EVALUATION_TOKENS // (config.batch_size * block_size) + 1)
+        scores = evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), first), dtype, first)
         return {f"val_{key}": value for key, value in scores.items()}
 
     def sample() -> str:
@@ -110,7 +113,7 @@ def main() -> None:
                    device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)
-    scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size))
+    scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size), total=all_batches)
     print(f"held-out text, whole, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
           f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")
     print(f"wrote {settings.out}; next: python finetune.py --init {settings.out}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from tqdm import tqdm
 
 from nanochat.dialogue import Conversation, render_prompt
 from nanochat.generate import SampleConfig, generate_ids
@@ -15,8 +16,9 @@ from nanochat.tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """The mean over all supervised targets of `batches`, each counted once.
+def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: torch.dtype = torch.float32,
+          total: int | None = None) -> dict[str, float]:
+    """The mean over all supervised targets of `batches`, each counted once; total: how many there are, for the bar.
 
     loss: nats per token. perplexity: e^loss. bits_per_byte: nats of all targets, control tokens
     included, over ln 2 · UTF-8 bytes of their text: it compares models with different tokenizers.
@@ -26,7 +28,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     training = model.training
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
-    for batch in batches:
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2):
         batch = batch.to(device)
         with autocast(device, dtype):
             nats += model(*batch).item()
@@ -78,7 +80,7 @@ def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Convers
     config = SampleConfig(max_new_tokens=max_new_tokens, temperature=0)
     new: list[list[int]] = []
     ended: list[bool] = []
-    for start in range(0, len(ids), batch_size):
+    for start in tqdm(range(0, len(ids), batch_size), "replying", leave=False, unit="batch", delay=2):
         rows, stopped = generate_ids(model, ids[start : start + batch_size], config, tokenizer.control.values())
         new, ended = new + rows, ended + stopped
     return Replies(prompts, [tokenizer.decode(row) for row in new], [len(row) for row in new], ended)

@@ -47,9 +47,8 @@ except ImportError:  # Windows
 def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dict | None]:
     """Look at the run folder before anything is prepared; with resume, → (step folder, state) to go on from.
 
-    That is the newest sound step; damaged ones before it are set aside, with a line, and a `best`
-    that is damaged or newer is forgotten. If there is none, all stays as it is. A folder that
-    holds a run is never written over unasked: InputError names the two flags.
+    That is the newest sound step. A folder that holds a run is never written over unasked:
+    InputError names the two flags.
     """
     if not resume:
         if not overwrite and out.exists() and any(out.iterdir()):
@@ -59,6 +58,18 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dic
         raise InputError(f"--resume: there is no run folder {out}")
     claim(out)
     remove_litter(out)
+    folder, state = newest_sound(out)
+    point(out / "last", folder)
+    if not keep_best(out, folder):
+        state["progress"]["best_loss"] = math.inf
+    return folder, state
+
+
+def newest_sound(out: Path) -> tuple[Path, dict]:
+    """The newest step that is sound, and its state; newer ones are set aside, with a line each.
+
+    If there is none, all stays as it is: InputError.
+    """
     damaged: dict[Path, Exception] = {}
     for folder in reversed(saved_steps(out)):
         try:
@@ -76,7 +87,11 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dic
         remove(aside)
         os.replace(step, aside)
         print(f"{error}\nmoved to {aside}; going on from the step before", file=sys.stderr)
-    point(out / "last", folder)
+    return folder, state
+
+
+def keep_best(out: Path, folder: Path) -> bool:
+    """Whether `best` names a sound step that is no newer than `folder`; if not, it is removed, with a line."""
     try:
         best = followed(out / "best")
         check(best)
@@ -88,10 +103,9 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dic
         if os.path.lexists(out / "best"):
             print(f"{error}\nremoved {out / 'best'}; the next evaluation sets it anew", file=sys.stderr)
             remove(out / "best")
-        state["progress"]["best_loss"] = math.inf
-    else:
-        point(out / "best", best)
-    return folder, state
+        return False
+    point(out / "best", best)  # anew, in case it is the copy that scp or zip made of a step
+    return True
 
 
 def check(folder: Path, resume: bool = False) -> None:

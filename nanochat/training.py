@@ -245,6 +245,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, c
     batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
     compiling = resume["conditions"]["compiled"] if resume else config.compile
     one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
+    print("trying a few steps: do they fit, and how long do they take?", file=sys.stderr)
     network, seconds, memory = rehearsal.rehearse(model, optimizer, batch, config.accumulate, dtype, compiling, one_percent)
     if resume:
         progress, record = restore(resume, model, optimizer, scaler)
