@@ -20,7 +20,6 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,23 +107,11 @@ def load(source: str | Path) -> tuple[GPT, Tokenizer]:
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
     """A GPT with exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
-    C = config.n_embd
-    # First the sizes alone: a network of a billion layers, of which the file holds two, would never be built.
-    sizes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C), f"h.{config.n_layer - 1}.ln_1.weight": (C,)}
-    stop_if_misfit(sizes, state, path)
     with torch.device("meta"):
         model = GPT(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stop_if_misfit(wanted, state, path, [f"unexpected {name}" for name in state if name not in wanted])
-    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
-    model.requires_grad_(True)
-    return model.eval()
-
-
-def stop_if_misfit(wanted: dict[str, tuple], state: dict[str, Tensor], path: Path, unexpected: Sequence[str] = ()) -> None:
-    """InputError names each tensor of `wanted` that is missing or mis-shaped, and the unexpected ones."""
     wrong = [f"missing {name}" for name in wanted if name not in state]
-    wrong += unexpected
+    wrong += [f"unexpected {name}" for name in state if name not in wanted]
     wrong += [
         f"{name} is {tuple(state[name].shape)}, must be {shape}"
         for name, shape in wanted.items()
@@ -133,6 +120,9 @@ def stop_if_misfit(wanted: dict[str, tuple], state: dict[str, Tensor], path: Pat
     if wrong:
         more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{path}: weights do not fit the network: {shortened('; '.join(wrong[:8]))}{more}")
+    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
+    model.requires_grad_(True)
+    return model.eval()
 
 
 def shortened(text: str) -> str:

@@ -52,9 +52,9 @@ class GPTConfig:
 
     def __post_init__(self):
         wrong = [
-            f"{name} is {getattr(self, name)}, must be from 1 to 10,000,000"
-            for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-            if not 1 <= getattr(self, name) <= 10_000_000
+            f"{name} is {getattr(self, name)}, must be from 1 to {most:,}"
+            for name, most in {"vocab_size": 10**7, "block_size": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6}.items()
+            if not 1 <= getattr(self, name) <= most
         ]
         if not wrong and self.n_embd % self.n_head:
             wrong.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -27,12 +27,11 @@ ROOM = 0.9  # share of the memory that a run may take: the rest is for buffers t
 
 
 def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.dtype, compiling: bool,
-             seconds: float) -> tuple[nn.Module, float, int]:
-    """Steps that change nothing, for about `seconds`: → (network, compiled if that works; seconds of a step; bytes of memory).
+             seconds: float) -> tuple[nn.Module, float]:
+    """Steps that change nothing, for about `seconds`: → (the network, compiled if that works; seconds of a step).
 
     The optimizer's state is emptied afterwards and the random state put back; `batch` is on the
-    model's device. InputError, with the settings that fit, if the memory is too small. A GPU says
-    so itself, and its memory is measured; of a CPU's it is estimated, since there the kernel kills.
+    model's device. InputError, with the settings that fit, if its memory runs out.
     """
     device = batch.inputs.device
     if compiling and device.type == "cpu":  # a compiled backward adds up the rows of the tables in any order
@@ -41,7 +40,6 @@ def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.
     model.train()
     rounds: list[float] = []
     try:
-        memory = 0 if device.type == "cuda" else check_memory(model, optimizer, *batch.inputs.shape, accumulate, dtype)
         network = compiled(model, optimizer, batch, dtype) if compiling else model
         while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
             micro_step, update = one_round(network, optimizer, batch, dtype)
@@ -57,9 +55,7 @@ def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.
         part.state.clear()
     set_rng_state(random_state, device)
     model.train(mode)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    return network, median(rounds[1:]), memory  # the first round warms up
+    return network, median(rounds[1:])  # the first round warms up
 
 
 def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> nn.Module:
@@ -108,7 +104,10 @@ def clock(device: torch.device) -> float:
 
 
 def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, accumulate: int, dtype: torch.dtype) -> int:
-    """Bytes that a step takes, about; InputError, with the settings that fit, if the device has fewer."""
+    """Bytes that a step takes, about; InputError, with the settings that fit, if the device has fewer.
+
+    For a CPU, where the kernel kills what takes too much; a GPU says so itself, in `rehearse`.
+    """
     device = model.wte.weight.device
     limit, needs = ROOM * memory_of(device), memory_needed(model, optimizer, tokens, dtype)
     if needs(batch_size) <= limit:
@@ -118,10 +117,10 @@ def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, accumulate
                      f"{device} has {limit / ROOM / 1e9:.1f} GB; {advice(pair)}")
 
 
-def smaller(batch_size: int, accumulate: int) -> list[tuple[int, int]]:
+def smaller(batch_size: int, accumulate: int) -> Iterator[tuple[int, int]]:
     """Pairs (batch_size, accumulate) of less memory and the same rows, so the same gradient, a step; largest first."""
     rows = batch_size * accumulate
-    return [(size, rows // size) for size in range(batch_size - 1, 0, -1) if rows % size == 0]
+    return ((rows // more, more) for more in range(accumulate + 1, rows + 1) if rows % more == 0)
 
 
 def advice(pair: tuple[int, int] | None) -> str:
@@ -151,6 +150,8 @@ def memory_needed(model: GPT, optimizer, tokens: int, dtype: torch.dtype) -> Cal
     """
     kept = {}
     device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    random_state, mode = rng_state(device), model.training
+    model.train()
     for length in (max(1, tokens // 4), max(2, tokens // 2)):
         storages: dict[int, int] = {}
 
@@ -163,6 +164,8 @@ def memory_needed(model: GPT, optimizer, tokens: int, dtype: torch.dtype) -> Cal
             loss = model(row, row)  # held until its tensors are counted
         kept[length] = sum(size for key, size in storages.items() if key not in weights)
         del loss
+    set_rng_state(random_state, device)
+    model.train(mode)
     (short, least), (long, most) = kept.items()
     per_token = (most - least) / (long - short)
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)

@@ -240,13 +240,16 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, c
     device = model.wte.weight.device
     disk = rehearsal.checkpoint_bytes(model, optimizer)
     rehearsal.check_disk(out, disk, config.keep)
+    memory = 0
+    if device.type != "cuda":
+        memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, config.accumulate, dtype)
     if resume:
         take_up(resume["conditions"], device, data)
     batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
     compiling = resume["conditions"]["compiled"] if resume else config.compile
     one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
     print("trying a few steps: do they fit, and how long do they take?", file=sys.stderr)
-    network, seconds, memory = rehearsal.rehearse(model, optimizer, batch, config.accumulate, dtype, compiling, one_percent)
+    network, seconds = rehearsal.rehearse(model, optimizer, batch, config.accumulate, dtype, compiling, one_percent)
     if resume:
         progress, record = restore(resume, model, optimizer, scaler)
     else:
@@ -260,6 +263,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, c
         "compiled": network is not model,
         "data": data.fingerprint,
     }
+    memory = memory or torch.cuda.max_memory_allocated(device)
     print(report(model, data, config, progress, conditions, seconds, memory, disk), file=sys.stderr)
     return network, progress, record, conditions
 

@@ -281,9 +281,9 @@ def test_config_fields_not_implemented_stop_with_their_name(name, folder):
 @pytest.mark.parametrize("name, value, said", [
     ("n_layer", 2.0, "n_layer is 2.0, must be a whole number"),
     ("n_layer", True, "n_layer is True, must be a whole number"),
-    ("n_layer", 10**9, "missing h.999999999.ln_1.weight"),
+    ("n_layer", 10**9, "n_layer is 1000000000, must be from 1 to 1,000"),
     ("n_head", None, "n_head is None, must be a whole number"),
-    ("n_embd", 3 * 2**60, r"wte.weight is \(384, 36\), must be \(384, 3458764513820540928\)"),
+    ("n_embd", 3 * 2**60, "n_embd is 3458764513820540928, must be from 1 to 1,000,000"),
     ("n_positions", "24", "block_size is '24', must be a whole number"),
     ("activation_function", [], r"activation is \[\], must be a text"),
     ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon is '1e-5', must be a number from 0 to 1"),
@@ -469,7 +469,7 @@ def test_nanogpt_with_its_own_characters_stops_since_the_file_has_no_tokenizer(t
 @pytest.mark.parametrize("name, value", [("n_layer", None), ("n_layer", 10**9), ("n_embd", 8.0), ("dropout", "none")])
 def test_nanogpt_sizes_that_no_network_has_are_refused_at_once(name, value, bias, tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt", nanogpt_weights(bias=True), bias=bias, **{name: value})
-    assert re.search(f"missing h.999999999|{name} is {value!r}, must be a", refusal(tmp_path))
+    assert re.search(f"{name} is {value!r}, must be (a|from 1 to 1,000)", refusal(tmp_path))
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, {"model": {}, "model_args": [1]}, {"weights": 1}, [1, 2], torch.ones(3)])

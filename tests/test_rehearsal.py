@@ -46,7 +46,7 @@ def test_a_rehearsal_leaves_everything_as_it_was(optimizer, dtype, mode, tokeniz
     model = tiny(tokenizer, dropout=0.2).train(mode)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     built, random_state = build_optimizer(model, TrainConfig(optimizer=optimizer)), torch.get_rng_state()
-    network, seconds, _ = rehearse(model, built, dtype)
+    network, seconds = rehearse(model, built, dtype)
     assert network is model and 0 < seconds < 60
     for name, p in model.named_parameters():
         assert torch.equal(p.view(torch.int32), before[name].view(torch.int32)), name
@@ -62,7 +62,7 @@ def test_a_run_is_the_same_with_and_without_its_rehearsal(optimizer, dtype, toke
     models, losses = [], []
     for rehearsed in (True, False):
         if not rehearsed:
-            monkeypatch.setattr(rehearsal, "rehearse", lambda model, *_, **__: (model, 1.0, 0))
+            monkeypatch.setattr(rehearsal, "rehearse", lambda model, *_, **__: (model, 1.0))
         models.append(model := tiny(tokenizer, dropout=0.2))
         _, records = run(model, RandomExamples([9] * 5), tmp_path / str(rehearsed), tokenizer, dtype=dtype, optimizer=optimizer)
         losses.append([record["loss"] for record in records])
@@ -126,7 +126,7 @@ def test_a_compiled_network_that_fails_leaves_no_gradient_and_no_draw(tokenizer,
     model = tiny(tokenizer, dropout=0.2)
     built, random_state = build_optimizer(model, TrainConfig()), torch.get_rng_state()
     before = model.wte.weight.detach().clone()
-    network, *_ = rehearse(model, built, compiling=True)
+    network, _ = rehearse(model, built, compiling=True)
     assert network is model and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state) and torch.equal(model.wte.weight, before)
 
@@ -343,7 +343,8 @@ def test_the_estimate_of_memory_is_within_a_third_of_what_a_step_takes(sizes, dt
 
 def test_before_the_first_step_a_run_says_what_it_will_take(tokenizer, tmp_path, monkeypatch, capsys):
     """And before the progress bar: a large model's first step may take a minute."""
-    monkeypatch.setattr(rehearsal, "rehearse", lambda model, *_, **__: (model, 90.0, 3_210_000_000))
+    monkeypatch.setattr(rehearsal, "rehearse", lambda model, *_, **__: (model, 90.0))
+    monkeypatch.setattr(rehearsal, "check_memory", lambda *_, **__: 3_210_000_000)
     monkeypatch.setattr(rehearsal, "checkpoint_bytes", lambda *_: 77_000_000)
     model = tiny(tokenizer)
     run(model, RandomExamples([9] * 10), tmp_path, tokenizer, accumulate=3, max_steps=4, dtype=torch.bfloat16, keep=5)

@@ -175,7 +175,7 @@ def test_max_minutes_is_measured_once_and_resumes_with_the_same_steps(name, star
 
     def minutes(seconds_per_step: float, *flags) -> None:
         with monkeypatch.context() as machine:
-            machine.setattr(rehearsal, "rehearse", lambda model, *args, **kwargs: (model, seconds_per_step, 0))
+            machine.setattr(rehearsal, "rehearse", lambda model, *args, **kwargs: (model, seconds_per_step))
             start(name, *flags, "--out", tmp_path / "cut")
 
     flags = flags_of(name)
