@@ -293,9 +293,9 @@ def read_nanogpt(path: Path) -> Source:
             f"and the file holds no tokenizer"
         )
     if not args.get("bias", True):
-        vectors = {str(name).removesuffix("weight") + "bias": w for name, w in tensors.items()
-                   if isinstance(w, Tensor) and w.dim() and re.search(r"\bh\.\d+\..*\.weight$|\bln_f\.weight$", str(name))}
-        tensors |= {name: torch.zeros(len(w)) for name, w in vectors.items()}
+        with torch.device("meta"):
+            parameters = dict(GPT(config).named_parameters())
+        tensors |= {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith("bias")}
     return Source(config, tensors, conv1d=False)
 
 
