@@ -112,7 +112,7 @@ def main() -> None:
     if not resume:
         print(f"test perplexity before: {score(test_rows, torch.float32)['perplexity']:.2f}")
     training.train(model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_rows.fingerprint, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)  # the best
     after = score(test_rows, torch.float32)

@@ -77,6 +77,8 @@ def main() -> None:
         raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
+    if settings.block_size < 8:
+        raise InputError(f"--block-size is {settings.block_size}, must be at least 8")
     source = find(settings.data)
     val_source = find(settings.val_data) if settings.val_data is not None else None
     model = tokenizer = None
@@ -85,7 +87,9 @@ def main() -> None:
         model, tokenizer = checkpoint.load(step or settings.init)
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
-    request = sha256(f"{source} {val_source} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
+    # A folder for each text as it is now: another run may be reading the one of the text as it was.
+    texts = [corpus.fingerprint(text) for text in (source, val_source) if text is not None]
+    request = sha256(f"{texts} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
     name = f"{Path(source).name.split('.')[0]}-{request}"
     folder = corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given)
     if model is None:
@@ -110,7 +114,7 @@ def main() -> None:
         return "The city of" + generate.texts(model, tokenizer, [prompt], SampleConfig(max_new_tokens=40))[0]
 
     training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, resume=resume)
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)
     scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size), total=all_batches)

@@ -91,8 +91,8 @@ def prepare(
     source, val_source = _local(source, folder.parent), val_source and _local(val_source, folder.parent)
     request = {
         "version": VERSION,
-        "source": _fingerprint(source),
-        "val_source": val_source and _fingerprint(val_source),
+        "source": fingerprint(source),
+        "val_source": val_source and fingerprint(val_source),
         "tokenizer": tokenizer.hash if tokenizer else f"own, {vocab_size} ids",
     }
     manifest = folder / "corpus.json"
@@ -505,8 +505,10 @@ def _local(source: str | Path, folder: Path) -> str | Path:
     return target
 
 
-def _fingerprint(source: str | Path) -> str:
-    """Changes when a file of the source does (path, size, time of change)."""
+def fingerprint(source: str | Path) -> str:
+    """Changes when a file of the source does (path, size, time of change); a URL is its own."""
+    if re.match("https?://", str(source)):
+        return str(source)
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
     where = Path(source).resolve() if stats else source
     return f"{ascii(str(where))} {sha256(ascii(stats).encode('ascii')).hexdigest()[:16]}"

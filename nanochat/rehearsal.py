@@ -103,13 +103,13 @@ def clock(device: torch.device) -> float:
 # ------------------------------------------------------------------ memory
 
 
-def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, accumulate: int, dtype: torch.dtype) -> int:
+def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bool, accumulate: int, dtype: torch.dtype) -> int:
     """Bytes that a step takes, about; InputError, with the settings that fit, if the device has fewer.
 
     For a CPU, where the kernel kills what takes too much; a GPU says so itself, in `rehearse`.
     """
     device = model.wte.weight.device
-    limit, needs = ROOM * memory_of(device), memory_needed(model, optimizer, tokens, dtype)
+    limit, needs = ROOM * memory_of(device), memory_needed(model, optimizer, tokens, masked, dtype)
     if needs(batch_size) <= limit:
         return int(needs(batch_size))
     pair = next((pair for pair in smaller(batch_size, accumulate) if needs(pair[0]) <= limit), None)
@@ -141,12 +141,13 @@ def what_fits(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch
     return None
 
 
-def memory_needed(model: GPT, optimizer, tokens: int, dtype: torch.dtype) -> Callable[[int], float]:
+def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch.dtype) -> Callable[[int], float]:
     """Bytes of a training step on a CPU, as a function of the number of rows of `tokens` tokens.
 
     Weights, gradients and the optimizer's state are known. What a forward pass keeps for its
-    backward is counted in two short rows, and grows in proportion to the tokens (attention never
-    holds a T × T matrix). A backward holds about half as much again, and its logits five times.
+    backward is counted in two short rows, and grows in proportion to the tokens; only the mask of
+    rows that hold several texts (`masked`) is T × T, fp32, one a layer. A backward holds about half
+    as much again, and its logits five times.
     """
     kept = {}
     device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -171,7 +172,7 @@ def memory_needed(model: GPT, optimizer, tokens: int, dtype: torch.dtype) -> Cal
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
     chunk = 4 * model.config.vocab_size * LOSS_CHUNK  # fp32 logits
     return lambda rows: (fixed + least - short * per_token + 1.5 * per_token * rows * tokens
-                         + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
+                         + 4 * masked * model.config.n_layer * rows * tokens**2 + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
 
 
 def memory_of(device: torch.device) -> int:

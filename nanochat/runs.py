@@ -50,6 +50,8 @@ def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dic
     That is the newest sound step. A folder that holds a run is never written over unasked:
     InputError names the two flags.
     """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite: one goes on with a run, the other deletes it; give one of them")
     if not resume:
         if not overwrite and out.exists() and any(out.iterdir()):
             raise InputError(f"--out {out} is not empty: --resume goes on, --overwrite starts anew")

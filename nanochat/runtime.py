@@ -104,6 +104,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, before: int):
         """Lines of this step and later ones, left by a run that is resumed, are dropped: they come again."""
+        self.path = path
         kept = [record for record in read_metrics(path) if record["step"] < before]
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -187,7 +188,8 @@ def signals_wait() -> Iterator[None]:
     def note(number: int, frame) -> None:
         _received.append(number)
         put_back()
-        os.write(2, b"\nfinishing this step, then saving; once more ends it at once\n")
+        with suppress(OSError):  # the same Ctrl-C may have ended the reader of a pipe
+            os.write(2, b"\nfinishing this step, then saving; once more ends it at once\n")
 
     _received.clear()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers

@@ -38,18 +38,19 @@ from nanochat.tokenizer import Tokenizer
 @runtime.signals_wait()
 def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig, *, out: Path, settings: dict,
           device: torch.device, dtype: torch.dtype, evaluate: Callable[[], dict[str, float]],
-          sample: Callable[[], str], resume: dict | None = None) -> Progress:
+          sample: Callable[[], str], held_out: str = "", resume: dict | None = None) -> Progress:
     """Train `model` in place; write metrics.jsonl, loss.png and checkpoints into `out`.
 
     evaluate() → at least {"val_loss"}; sample() → a text to look at; settings: what to save
-    beside the weights; resume: the state of a checkpoint of the same run, without which an
-    earlier run in `out` is deleted. The first SIGINT or SIGTERM ends the run after the step that
+    beside the weights; held_out: fingerprint of what evaluate() reads; resume: the state of a
+    checkpoint of the same run, without which an earlier run in `out` is deleted. The first SIGINT or SIGTERM ends the run after the step that
     it meets, saved: runtime.Stopped is raised.
     """
     model.to(device)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    network, progress, record, conditions = begin(model, optimizer, scaler, data, config, out, settings, dtype, resume)
+    network, progress, record, conditions = begin(model, optimizer, scaler, data, held_out, config, out, settings,
+                                                    dtype, resume)
     model.train()
     with (closing(MetricsLog(out / "metrics.jsonl", before=progress.step)) as log,
           tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
@@ -107,18 +108,16 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             progress.seconds += seconds
             record = dict(step=progress.step, loss=loss_value, learning_rate=rate * config.learning_rate, grad_norm=norm_value,
                           tokens_per_second=sum(batch.inputs.numel() for batch in batches) / seconds, seconds=progress.seconds)
-            bar.set_postfix_str(f"loss {loss_value:.3f} lr {record['learning_rate']:.1e} norm {norm_value:.2f} "
-                                f"{record['tokens_per_second']:,.0f} tok/s", refresh=False)
-            bar.update()
-
             stop_signal = runtime.signal_received()
             if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
                 state = snapshot(progress, record, model, optimizer, scaler) | {"conditions": conditions}
-                runs.save(out, progress.step, model, tokenizer, settings=settings, results=record, resume=state,
-                                keep=config.keep)
+                runs.save(out, progress.step, model, tokenizer, settings=settings, results=record, resume=state, keep=config.keep)
             if stop_signal:
                 log.write(**record)
                 break
+            bar.set_postfix_str(f"loss {loss_value:.3f} lr {record['learning_rate']:.1e} norm {norm_value:.2f} "
+                                f"{record['tokens_per_second']:,.0f} tok/s", refresh=False)
+            bar.update()
 
     model.eval()
     draw_losses(out / "metrics.jsonl", out / "loss.png")
@@ -192,6 +191,8 @@ class TrainConfig:
             for name, most in {"max_minutes": 1e7, "epochs": 1e9, "learning_rate": 1e3, "clip": math.inf}.items()
             if (value := getattr(self, name)) is not None and not 0 < value <= most
         ]
+        if self.batch_size * self.accumulate > 10**7:
+            wrong.append(f"--batch-size {self.batch_size} times --accumulate {self.accumulate} is over ten million rows a step")
         if self.seed > 2**40:
             wrong.append(f"--seed is {self.seed}, must be at most 2^40")
         if wrong:
@@ -230,7 +231,7 @@ class Progress:
 # ------------------------------------------------------------------ before the first step
 
 
-def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, config: TrainConfig, out: Path,
+def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, held_out: str, config: TrainConfig, out: Path,
           settings: dict, dtype: torch.dtype, resume: dict | None) -> tuple[torch.nn.Module, Progress, dict, dict]:
     """Rehearse, then start or go on: → (the network that steps, progress, the last step's record, conditions).
 
@@ -242,9 +243,11 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, c
     rehearsal.check_disk(out, disk, config.keep)
     memory = 0
     if device.type != "cuda":
-        memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, config.accumulate, dtype)
+        masked = data.batch([0]).segments is not None
+        memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, masked, config.accumulate, dtype)
+    texts = f"{data.fingerprint} {held_out}"
     if resume:
-        take_up(resume["conditions"], device, data)
+        take_up(resume["conditions"], device, texts)
     batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
     compiling = resume["conditions"]["compiled"] if resume else config.compile
     one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
@@ -261,7 +264,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, c
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "compiled": network is not model,
-        "data": data.fingerprint,
+        "texts": texts,
     }
     memory = memory or torch.cuda.max_memory_allocated(device)
     print(report(model, data, config, progress, conditions, seconds, memory, disk), file=sys.stderr)
@@ -439,10 +442,11 @@ def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) ->
     return Progress(**state["progress"]), state["record"]
 
 
-def take_up(saved: dict, device: torch.device, data: Examples) -> None:
+def take_up(saved: dict, device: torch.device, texts: str) -> None:
     """Meet the conditions under which a run was saved, as far as this machine can; say what differs."""
-    if data.fingerprint != saved["data"]:
-        raise InputError("--resume: the training data is not what the run began with; --init goes on with other data")
+    if texts != saved["texts"]:
+        raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "
+                         "--init goes on with other data")
     torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
     here = {"device": device.type, "threads": torch.get_num_threads()}
     for name, value in here.items():
@@ -452,13 +456,14 @@ def take_up(saved: dict, device: torch.device, data: Examples) -> None:
 
 
 # What may change on --resume: nothing here touches the weights of any step.
-FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "eval_every", "patience", "show_batch"}
+FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch"}
 
 
 def settings_to_resume(settings, resume: dict, parse: Callable):
     """The settings with which the run began, and what this command line may change of them.
 
-    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint; parse(default=…) parses the command line again over other defaults. InputError names each
+    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint; parse(default=…)
+    parses the command line again over other defaults. InputError names each
     flag that would make it another run.
     """
     try:  # flags stand at False here: a default of True would change their names

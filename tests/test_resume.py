@@ -290,7 +290,7 @@ OTHER = {  # another value for every setting
     "data": "other.txt", "val_data": "other.txt", "init": "elsewhere", "vocab_size": "500", "block_size": "32",
     "n_layer": "3", "n_head": "4", "n_embd": "64", "dropout": "0.3",
     "batch_size": "4", "accumulate": "3", "max_steps": "9", "max_minutes": "3", "epochs": "2", "optimizer": "adamw",
-    "learning_rate": "0.02", "warmup_steps": "3", "weight_decay": "0.2", "clip": "2", "dtype": "float16", "compile": None,
+    "learning_rate": "0.02", "eval_every": "5", "warmup_steps": "3", "weight_decay": "0.2", "clip": "2", "dtype": "float16", "compile": None,
     "seed": "7",
 }
 
@@ -301,7 +301,7 @@ def test_every_setting_is_free_on_resume_or_refused_by_name(name, interrupted, s
     out = interrupted(name)
     before = files_in(out)
     settings = {field.name for field in (*fields(SCRIPTS[name].Settings), *fields(TrainConfig))} - {"training"}
-    assert training.FREE == {"resume", "overwrite", "out", "device", "keep", "save_every", "eval_every", "patience", "show_batch"}
+    assert training.FREE == {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch"}
     for setting in sorted(settings - training.FREE):
         flag, value = f"--{setting.replace('_', '-')}", OTHER[setting]
         if (name, setting) == ("finetune.py", "optimizer"):
@@ -321,13 +321,13 @@ def test_all_changed_settings_are_named_with_what_they_were(interrupted, start):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_changes_no_weight_is_taken_on_resume(name, interrupted, start, whole):
     out = interrupted(name)
-    resume(start, name, out, "--keep", 1, "--save-every", 5, "--eval-every", 4, "--patience", 9, "--device", "cpu")
+    resume(start, name, out, "--keep", 1, "--save-every", 5, "--patience", 9, "--device", "cpu")
     state = torch.load(out / "last" / "resume" / "state.pt", weights_only=True)
     taken = state["conditions"]["settings"]["training"]
-    assert {key: taken[key] for key in ("keep", "save_every", "eval_every", "patience", "device")} == dict(
-        keep=1, save_every=5, eval_every=4, patience=9, device="cpu")
+    assert {key: taken[key] for key in ("keep", "save_every", "patience", "device")} == dict(
+        keep=1, save_every=5, patience=9, device="cpu")
     records = read_metrics(out / "metrics.jsonl")
-    assert [r["step"] for r in records if "val_loss" in r] == [3, 4, 8]
+    assert [r["step"] for r in records if "val_loss" in r] == [3, 6, 8]
     expected = read_metrics(whole(name, "muon" if name == "train.py" else "adamw") / "metrics.jsonl")
     assert [r["loss"] for r in records] == [r["loss"] for r in expected]
 
@@ -652,3 +652,47 @@ def test_ctrl_c_while_workers_clean_articles_ends_in_one_line(tmp_path):
     _, shown = running.communicate(timeout=200)
     assert running.returncode == 130 and "Traceback" not in shown, shown
     assert shown.endswith("\ninterrupted\n") and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ held-out data, pipelines
+
+
+def test_other_held_out_data_is_refused_since_best_and_patience_compare_its_losses(tokenizer, tmp_path):
+    data = RandomExamples([9] * 5)
+    settings = dict(out=tmp_path, settings={}, device=torch.device("cpu"), dtype=torch.float32,
+                    evaluate=lambda: {"val_loss": 1.0}, sample=lambda: "")
+    config = TrainConfig(batch_size=2, max_steps=4, save_every=2)
+    training.train(tiny(tokenizer), tokenizer, data, config, held_out="one text", **settings)
+    step, state = runs.open_run(tmp_path, resume=True, overwrite=False)
+    with pytest.raises(InputError, match="held-out data, is not what the run began with"):
+        training.train(checkpoint.load(step)[0], tokenizer, data, config, held_out="another", resume=state, **settings)
+    training.train(checkpoint.load(step)[0], tokenizer, data, config, held_out="one text", resume=state, **settings)
+
+
+def test_a_text_that_changes_gets_a_corpus_of_its_own(start, tmp_path, monkeypatch):
+    """A run that still reads the corpus of the text as it was is not disturbed."""
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    for number in range(2):
+        text.write_text(f"The river runs past mill number {number}, and the boats go by.\n" * 200)
+        start("train.py", *flags_of("train.py", "--max-steps", 2, "--out", f"out/{number}", "--data", text))
+    assert len(list((tmp_path / "out" / "corpus").glob("text-*/corpus.json"))) == 2
+
+
+def test_a_signal_with_a_dead_standard_error_still_saves(tokenizer, tmp_path, monkeypatch):
+    """As in `train.py 2>&1 | tee log` when Ctrl-C reaches tee first."""
+    def broken(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "write", broken)
+
+    class Signalled(RandomExamples):
+        def batch(self, indices):
+            if runs.saved_steps(tmp_path) and not runtime.signal_received():
+                signal.raise_signal(signal.SIGINT)
+            return super().batch(indices)
+
+    with pytest.raises(runtime.Stopped):
+        training.train(tiny(tokenizer), tokenizer, Signalled([9] * 5), TrainConfig(batch_size=2, max_steps=9, save_every=2),
+                       out=tmp_path, settings={}, device=torch.device("cpu"), dtype=torch.float32,
+                       evaluate=lambda: {"val_loss": 1.0}, sample=lambda: "")
+    assert [step.name for step in runs.saved_steps(tmp_path)] == ["step-000002", "step-000003"]

@@ -10,6 +10,7 @@ import torch
 
 from nanochat import InputError, checkpoint, runs, training
 from nanochat.model import GPT, IGNORED, Batch, GPTConfig
+from nanochat.runtime import MetricsLog
 from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
 
 CPU = torch.device("cpu")
@@ -201,6 +202,8 @@ class Poisoned(RandomExamples):
         self.model, self.at, self.break_it, self.drawn = model, at, break_it, 0
 
     def batch(self, indices) -> Batch:
+        if len(indices) == 1:  # the look at one example before the rehearsal
+            return super().batch(indices)
         if self.drawn == self.at:
             self.break_it(self.model)
         self.drawn += 1
@@ -503,3 +506,11 @@ def test_planned_steps_take_the_smallest_limit():
     assert training.steps_in(config, 1.0, examples=40) == 15
     assert training.steps_in(config, 1.0, examples=41) == 16  # ceil(3 · 41 / 8)
     assert training.steps_in(TrainConfig(max_minutes=1, max_steps=50), 2.0, examples=40) == 30
+
+
+def test_a_full_disk_under_the_log_is_one_line(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", before=0)
+    log.file = open("/dev/full", "w")
+    with pytest.raises(InputError, match=r"metrics.jsonl: No space left on device; --resume goes on"):
+        log.write(step=1)
+    log.close()
