@@ -28,7 +28,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     training = model.training
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2):
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2, disable=None):
         batch = batch.to(device)
         with autocast(device, dtype):
             nats += model(*batch).item()
@@ -80,7 +80,7 @@ def greedy_replies(model: GPT, tokenizer: Tokenizer, conversations: list[Convers
     config = SampleConfig(max_new_tokens=max_new_tokens, temperature=0)
     new: list[list[int]] = []
     ended: list[bool] = []
-    for start in tqdm(range(0, len(ids), batch_size), "replying", leave=False, unit="batch", delay=2):
+    for start in tqdm(range(0, len(ids), batch_size), "replying", leave=False, unit="batch", delay=2, disable=None):
         rows, stopped = generate_ids(model, ids[start : start + batch_size], config, tokenizer.control.values())
         new, ended = new + rows, ended + stopped
     return Replies(prompts, [tokenizer.decode(row) for row in new], [len(row) for row in new], ended)
