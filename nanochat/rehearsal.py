@@ -89,7 +89,9 @@ def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -
         group["lr"] = 0.0
         for p in group["params"]:
             p.grad.zero_()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # as a step does, for its time
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return middle - start, clock(device) - middle
 
 
