@@ -62,7 +62,7 @@ def holds(model: GPT, step: int) -> bool:
 def work(out: Path, tokenizer: Tokenizer, say=lambda word, step: None, steps: int = 10**9) -> None:
     """Save, evaluate and log step after step, and resume, in the order in which train() does; say what is done."""
     resuming = out.exists() and runs.saved_steps(out)
-    folder, state = runs.open_run(out, resume=bool(resuming), overwrite=True)
+    folder, state = runs.open_run(out, resume=bool(resuming), overwrite=not resuming)
     if not resuming:
         runs.clear(out)
     step, best_loss = (runs.step_of(folder), state["progress"]["best_loss"]) if state else (0, math.inf)
