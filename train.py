@@ -75,10 +75,10 @@ def main() -> None:
     sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(Settings, name)]
     if settings.init is not None and sizes:
         raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
-
-    # model, tokenizer and corpus: from a checkpoint, or all three from the text
     if settings.block_size < 8:
         raise InputError(f"--block-size is {settings.block_size}, must be at least 8")
+
+    # model, tokenizer and corpus: from a checkpoint, or all three from the text
     source = find(settings.data)
     val_source = find(settings.val_data) if settings.val_data is not None else None
     model = tokenizer = None

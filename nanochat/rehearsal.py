@@ -50,7 +50,6 @@ def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.
     if len(rounds) < 3:  # said here, since the except clause keeps the tensors of the failed round alive
         raise InputError(f"--batch-size {len(batch.inputs)} does not fit the memory of {device}; "
                          + advice(what_fits(model, optimizer, batch, accumulate, dtype)))
-    optimizer.zero_grad(set_to_none=True)
     for part in getattr(optimizer, "parts", [optimizer]):
         part.state.clear()
     set_rng_state(random_state, device)
@@ -111,7 +110,7 @@ def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bo
     For a CPU, where the kernel kills what takes too much; a GPU says so itself, in `rehearse`.
     """
     device = model.wte.weight.device
-    limit, needs = ROOM * memory_of(device), memory_needed(model, optimizer, tokens, masked, dtype)
+    limit, needs = ROOM * memory_of_machine(), memory_needed(model, optimizer, tokens, masked, dtype)
     if needs(batch_size) <= limit:
         return int(needs(batch_size))
     pair = next((pair for pair in smaller(batch_size, accumulate) if needs(pair[0]) <= limit), None)
@@ -177,11 +176,8 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
                          + 4 * masked * model.config.n_layer * rows * tokens**2 + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that this process may have: of the GPU, or of the machine or its container."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
+def memory_of_machine() -> int:
+    """Bytes of memory that this process may have: of the machine, or of its container."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [2**62]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdigit():

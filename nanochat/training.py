@@ -43,14 +43,14 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
     evaluate() → at least {"val_loss"}; sample() → a text to look at; settings: what to save
     beside the weights; held_out: fingerprint of what evaluate() reads; resume: the state of a
-    checkpoint of the same run, without which an earlier run in `out` is deleted. The first SIGINT or SIGTERM ends the run after the step that
-    it meets, saved: runtime.Stopped is raised.
+    checkpoint of the same run, without which an earlier run in `out` is deleted. The first SIGINT
+    or SIGTERM ends the run after the step that it meets, saved: runtime.Stopped is raised.
     """
     model.to(device)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    network, progress, record, conditions = begin(model, optimizer, scaler, data, held_out, config, out, settings,
-                                                    dtype, resume)
+    network, progress, record, conditions = begin(
+        model, optimizer, scaler, data, held_out, config, out, settings, dtype, resume)
     model.train()
     with (closing(MetricsLog(out / "metrics.jsonl", before=progress.step)) as log,
           tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
@@ -462,9 +462,9 @@ FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "patience"
 def settings_to_resume(settings, resume: dict, parse: Callable):
     """The settings with which the run began, and what this command line may change of them.
 
-    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint; parse(default=…)
-    parses the command line again over other defaults. InputError names each
-    flag that would make it another run.
+    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint;
+    parse(default=…) parses the command line again over other defaults. InputError names each flag
+    that would make it another run.
     """
     try:  # flags stand at False here: a default of True would change their names
         saved = resume["conditions"]["settings"]

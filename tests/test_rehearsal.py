@@ -203,7 +203,7 @@ def test_the_settings_that_fit_are_named(batch_size, accumulate, tokenizer, monk
     optimizer, rows = build_optimizer(model, TrainConfig()), batch_size * accumulate
 
     def check(size: int, more: int, memory: float) -> int:
-        monkeypatch.setattr(rehearsal, "memory_of", lambda device: memory)
+        monkeypatch.setattr(rehearsal, "memory_of_machine", lambda: memory)
         return rehearsal.check_memory(model, optimizer, size, 16, False, more, torch.float32)
 
     needed = {size: check(size, 1, 1e12) for size in range(1, batch_size + 1)}
@@ -224,7 +224,7 @@ def test_the_settings_that_fit_are_named(batch_size, accumulate, tokenizer, monk
 def test_a_run_that_does_not_fit_stops_before_the_old_run_is_deleted(tokenizer, tmp_path, monkeypatch):
     run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(rehearsal, "memory_of", lambda device: 200_000)
+    monkeypatch.setattr(rehearsal, "memory_of_machine", lambda: 200_000)
     with pytest.raises(InputError, match="cpu has 0.0 GB; not even 1 fits"):
         run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
