@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CPU, RandomExamples, run, tiny
+from test_training import RandomExamples, run, tiny
 from torch._dynamo.testing import CompileCounter
 
 from nanochat import InputError, rehearsal, runs, runtime, training
@@ -280,7 +280,7 @@ def test_the_memory_of_a_container_counts(monkeypatch, tmp_path):
     for name, expected in (("memory.max", 123456789), ("none", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))):
         monkeypatch.setattr(os.path, "exists", lambda p: p == "/sys/fs/cgroup/memory.max" or "cgroup" not in str(p) and real_exists(p))
         monkeypatch.setattr(Path, "read_text", lambda p, *a, name=name, **k: real_read(tmp_path / name if "cgroup" in str(p) else p, *a, **k))
-        assert rehearsal.memory_of(CPU) == expected
+        assert rehearsal.memory_of_machine() == expected
 
 
 MEASURE = """
