@@ -48,6 +48,7 @@ class Settings:
 
 
 def main() -> None:
+    """Assemble a run, train, and try the best checkpoint on the test conversations."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
     step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)

@@ -44,6 +44,7 @@ class Settings:
 
 
 def main() -> None:
+    """Load a checkpoint; chat, answer or complete, as the settings and the checkpoint say."""
     # UseAppendAction: of `--stop a --stop b`, neither is lost
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
     settings = tyro.cli(Settings, description=__doc__, config=config)

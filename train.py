@@ -61,6 +61,7 @@ class Settings:
 
 
 def main() -> None:
+    """Assemble a run, train, and score the best checkpoint on all held-out text."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
     step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)

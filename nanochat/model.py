@@ -210,6 +210,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: "LayerCache | None") -> Tensor:
+        """x (B, T, C) → (B, T, C); mask: who may see whom; cache: earlier keys and values, to which these are added."""
         H = self.config.n_head
         q, k, v = rearrange(self.c_attn(x), "B T (three H D) -> three B H T D", three=3, H=H)
         if cache is not None:
@@ -320,6 +321,8 @@ class KVCache:
 
 
 class LayerCache(NamedTuple):
+    """Keys and values of one layer, with the columns start … end - 1 about to be written."""
+
     keys_values: Tensor  # (2, B, H, block_size, D)
     start: int
     end: int

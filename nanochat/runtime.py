@@ -1,4 +1,4 @@
-"""Where we run: device, precision, seeds, the metrics log, and how a script ends.
+"""Where we run: device, precision, random state, the metrics log, signals, and how a script ends.
 
 Weights are fp32 in training; `autocast` computes the large products in a shorter type. On GPUs
 that is bf16 from compute capability 8.0 (Ampere), fp16 with a loss scaler before; on CPUs bf16
