@@ -669,17 +669,17 @@ def test_an_interrupt_at_any_moment_ends_the_workers_too_and_the_next_run_is_who
         while not (folder / "train.jsonl").exists():  # all is imported by then, and reading has begun
             time.sleep(0.01)
         time.sleep(seconds)
-        if process.poll() == 0:
-            break
         (os.killpg if kill == signal.SIGINT else os.kill)(process.pid, kill)  # Ctrl-C reaches the whole group
         stderr = process.communicate(timeout=60)[1].decode()
         deadline = time.monotonic() + 20
         while group_is_alive(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not group_is_alive(process.pid)
+        if (folder / "corpus.json").exists():  # written last: it had ended before the signal came
+            break
         if kill == signal.SIGINT:
             assert process.returncode == 130 and stderr.split()[-1] == "interrupted" and "Traceback" not in stderr
-        assert not (folder / "corpus.json").exists()
+    assert seconds > 0  # at least one signal met it at work
     prepare(source, folder, vocab_size=320)
     for name in ("train-00000.bin", "val-00000.bin", "tokenizer.json", "corpus.json"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
@@ -698,13 +698,14 @@ def test_40_mb_of_text_and_2000_batches_take_less_than_100_mb(tmp_path):
     text = GARDEN.read_text(encoding="utf-8") * 600
     (tmp_path / "book.txt").write_text(text * (40_000_000 // len(text.encode("utf-8")) + 1), encoding="utf-8")
     script = """
-        import random, resource, sys
+        import random, re, sys
         import torch
         from nanochat import corpus
         from nanochat.tokenizer import Tokenizer
         tokenizer = Tokenizer.train([open(sys.argv[1], encoding="utf-8").read(2**20)], 1024)
         tokenizer.encode_batch(["warm"] * 16)
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # of this process alone, in MB: ru_maxrss begins with that of the process that started it
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
         before = peak()
         folder = corpus.prepare(sys.argv[1], sys.argv[2], tokenizer=tokenizer)
         stream = corpus.TokenStream(folder, "train", tokenizer, 256)

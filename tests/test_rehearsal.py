@@ -284,7 +284,8 @@ def test_the_memory_of_a_container_counts(monkeypatch, tmp_path):
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import torch
 from nanochat import rehearsal, runtime
 from nanochat.model import GPT, GPTConfig
@@ -294,8 +295,9 @@ sizes, B, dtype, optimizer = json.loads(sys.argv[1])
 dtype, T = runtime.DTYPES[dtype], sizes["block_size"]
 runtime.keep_freed_memory()  # as the scripts do; it costs up to half as much again
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone: ru_maxrss begins with that of the process that started it
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 def train(sizes, B, T, steps):
     model = GPT(GPTConfig(**sizes)).train()
