@@ -245,8 +245,9 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     T, S = q.size(-2), k.size(-2)
     if mask is None:
         mask = visible(S - T, T, None, q.device, explicit=True)
-    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # e^−∞ is a weight of 0
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT + hidden  # (B, H, T, S)
+    weights = scores.softmax(dim=-1, dtype=scores.dtype)  # named, or autocast would write them in fp32
     return F.dropout(weights, dropout) @ v
 
 
@@ -255,7 +256,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
     `is_causal` aligns query 0 with key 0, so it is right only for T = S; a single new query
     (T = 1) sees every key and needs no mask; `visible` makes an explicit one for all else.
+    On a CPU in bf16 the formula itself makes a step up to a quarter faster, while the table is small.
     """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(-2) <= 512:
+        return attention_formula(q, k, v, mask, dropout)
     causal = mask is None and q.size(-2) > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
