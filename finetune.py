@@ -51,14 +51,14 @@ def main() -> None:
     """Assemble a run, train, and try the best checkpoint on the test conversations."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
-    step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)
+    step, resume = runtime.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
     if resume:
         settings = training.settings_to_resume(settings, resume, parse)
-    config = settings.training = settings.training.or_minutes(5)
+    config = settings.training = settings.training.completed(5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
-    dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
+    dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
 
     conversations, problems = dialogue.read(find(settings.data))
     if settings.val_data is not None:
@@ -117,6 +117,8 @@ def main() -> None:
 
     model = checkpoint.load(settings.out)[0].to(device)  # the best
     after = score(test_rows, torch.float32)
+    if runtime.rank():  # the replies are few
+        return
     replies = evaluate.greedy_replies(model, tokenizer, test_split)
     for prompt, reply in list(zip(replies.prompts, replies.replies))[:5]:
         print(f"  {prompt!r} → {reply!r}")

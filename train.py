@@ -64,14 +64,14 @@ def main() -> None:
     """Assemble a run, train, and score the best checkpoint on all held-out text."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
-    step, resume = runs.open_run(settings.out, settings.resume, settings.overwrite)
+    step, resume = runtime.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
     if resume:
         settings = training.settings_to_resume(settings, resume, parse)
-    config = settings.training = settings.training.or_minutes(2.5)
+    config = settings.training = settings.training.completed(2.5)
     torch.manual_seed(config.seed)
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
-    dtype = runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device)
+    dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
 
     sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(Settings, name)]
     if settings.init is not None and sizes:
@@ -92,7 +92,8 @@ def main() -> None:
     texts = [corpus.fingerprint(text) for text in (source, val_source) if text is not None]
     request = sha256(f"{texts} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
     name = f"{Path(source).name.split('.')[0]}-{request}"
-    folder = corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given)
+    folder = runtime.from_rank_0(
+        lambda: corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given))
     if model is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}

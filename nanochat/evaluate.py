@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from nanochat import runtime
 from nanochat.dialogue import Conversation, render_prompt
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT, IGNORED, Batch
@@ -20,6 +21,8 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
           total: int | None = None) -> dict[str, float]:
     """The mean over all supervised targets of `batches`, each counted once; total: how many there are, for the bar.
 
+    Several processes, each called with the same batches, take turns and add up: all get the same mean.
+
     loss: nats per token. perplexity: e^loss. bits_per_byte: nats of all targets, control tokens
     included, over ln 2 · UTF-8 bytes of their text: it compares models with different tokenizers.
     """
@@ -28,7 +31,9 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     training = model.training
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2, disable=None):
+    for number, batch in enumerate(tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2, disable=None)):
+        if number % runtime.world_size() != runtime.rank():
+            continue
         batch = batch.to(device)
         with autocast(device, dtype):
             nats += model(*batch).item()
@@ -36,6 +41,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
         tokens += targets.numel()
         text_bytes += int(byte_lengths[targets].sum())
     model.train(training)
+    nats, tokens, text_bytes = runtime.sum_over_ranks(nats, tokens, text_bytes)
     loss = nats / max(tokens, 1)
     return {
         "loss": loss,

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat import InputError
 
@@ -77,6 +78,10 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
 
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU copies while both go on."""
+        return Batch(*(None if x is None else x.pin_memory() for x in self))
+
 
 class GPT(nn.Module):
     """The whole network; the head is the token table `wte`, so the two cannot come apart."""
@@ -84,6 +89,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # in training keep only each block's input, and compute the rest again for the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -125,10 +131,18 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache.layer(layer, T) if cache is not None else None)
+            if self.recompute and self.training:  # Chen et al. 2016; a third more work
+                x = checkpoint(self.layer, block, x, mask, use_reentrant=False)
+            else:
+                x = self.layer(block, x, mask, cache.layer(layer, T) if cache is not None else None)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
+
+    @staticmethod
+    def layer(block: "Block", x: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
+        """One block, by a name of its own: rehearsal.compiled compiles it once for all of them."""
+        return block(x, mask, cache)
 
     def head(self, x: Tensor) -> Tensor:
         """Vectors (..., C) → logits (..., V), by the token table itself."""
@@ -150,14 +164,15 @@ class GPT(nn.Module):
         The head is the widest product of a small GPT, so it is computed for supervised
         positions only, LOSS_CHUNK rows at a time.
         """
+        supervised = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # first: a GPU waits here for its count
         x = self.features(tokens, segments=segments).flatten(0, 1)  # (B·T, C)
-        supervised = (targets.flatten() != IGNORED).nonzero().squeeze(1)
-        losses = [
-            F.cross_entropy(at_least_fp32(self.head(x[rows])), targets.flatten()[rows], reduction="none")
-            for rows in supervised.split(LOSS_CHUNK)
-        ]
+        losses = [self.chunk_nll(x[rows], targets.flatten()[rows]) for rows in supervised.split(LOSS_CHUNK)]
         nll = at_least_fp32(x.new_zeros(x.size(0))).index_put((supervised,), torch.cat(losses))
         return nll.view_as(targets)
+
+    def chunk_nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Vectors (N, C), targets (N,) → −ln p of each target, (N,)."""
+        return F.cross_entropy(at_least_fp32(self.head(x)), targets, reduction="none")
 
     @torch.no_grad()
     def grow(self, vocab_size: int, seed: int = 0) -> None:
@@ -338,15 +353,15 @@ class LayerCache(NamedTuple):
         return self.keys_values[0, :, :, : self.end], self.keys_values[1, :, :, : self.end]
 
 
-def forward_flops_per_token(config: GPTConfig) -> int:
-    """Multiply-adds count as two; a token's share of products with T = block_size keys.
+def forward_flops_per_token(config: GPTConfig, T: int | None = None) -> int:
+    """Multiply-adds count as two; a token's share of products with T keys, block_size of them if not said.
 
     2·(weights in products) + 4·n_layer·T·C for q kᵀ and the weighted sum of v (Kaplan et al.
     2020, table 1). Training costs three times this: backward is two products per forward one.
     """
     C, L = config.n_embd, config.n_layer
     weights = L * 12 * C * C + config.vocab_size * C
-    return 2 * weights + 4 * L * config.block_size * C
+    return 2 * weights + 4 * L * (T or config.block_size) * C
 
 
 def main() -> None:

@@ -1,71 +1,87 @@
 """Before the first step: what a run will take, in memory, time and disk, and whether it is there.
 
 `rehearse` takes a few steps that change nothing. They tell how long a step is (which turns
---max-minutes into a number of steps, once, so that a resumed run has the same schedule) and
-whether the compiler works. What does not fit stops here, with the settings that do, and not after
+--max-minutes into a number of steps, once, so that a resumed run has the same schedule), whether
+the compiler works, and whether it pays. What does not fit stops here, with the settings that do, and not after
 an hour, in a traceback or by the kernel's hand.
 """
 
 import copy
+import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
 
-from nanochat import InputError, runs
-from nanochat.model import GPT, LOSS_CHUNK, Batch
-from nanochat.runtime import autocast, out_of_memory, rng_state, set_rng_state
+from nanochat import InputError, runs, runtime
+from nanochat.model import GPT, LOSS_CHUNK, Batch, forward_flops_per_token
+from nanochat.runtime import autocast, clock, out_of_memory, rng_state, set_rng_state
 
+WORTH_A_TRIAL = 600  # seconds of a run from which on --compile auto tries the compiler: that takes up to a minute
 ROOM = 0.9  # share of the memory that a run may take: the rest is for buffers that nobody counts
 
 
-def rehearse(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.dtype, compiling: bool,
-             seconds: float) -> tuple[nn.Module, float]:
-    """Steps that change nothing, for about `seconds`: → (the network, compiled if that works; seconds of a step).
+def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype, compiling: str, seconds: float,
+             length: Callable[[float], float]) -> tuple[nn.Module, float]:
+    """Steps that change nothing: → (the network that is to step, seconds of a step).
 
+    That is the model, or the same weights compiled: "yes", "no", or with "auto" if the run is long
+    enough (`length`: seconds of a step → seconds of the run) and the compiled steps are faster; with
+    several processes, either of them under DistributedDataParallel. `seconds`: to spend on timing.
     The optimizer's state is emptied afterwards and the random state put back; `batch` is on the
     model's device. InputError, with the settings that fit, if its memory runs out.
     """
     device = batch.inputs.device
-    if compiling and device.type == "cpu":  # a compiled backward adds up the rows of the tables in any order
-        torch.use_deterministic_algorithms(True)
     random_state, mode = rng_state(device), model.training
     model.train()
-    rounds: list[float] = []
+    timed = partial(time_steps, optimizer=optimizer, batch=batch, micro_steps=micro_steps, dtype=dtype, seconds=seconds)
+    network, step = model, math.inf
     try:
-        network = compiled(model, optimizer, batch, dtype) if compiling else model
-        while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
-            micro_step, update = one_round(network, optimizer, batch, dtype)
-            rounds.append(accumulate * micro_step + update)
+        if compiling != "yes":
+            step = timed(model)
+        if compiling == "yes" or (compiling == "auto" and length(step) > WORTH_A_TRIAL):
+            candidate = compiled(model, optimizer, batch, dtype)
+            seconds_compiled = timed(candidate) if candidate is not model or compiling == "yes" else math.inf
+            if seconds_compiled < 0.97 * step:
+                network, step = candidate, seconds_compiled
+        if runtime.world_size() > 1:
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            step = timed(network)
     except Exception as error:
         if not out_of_memory(error):
             raise
-    if len(rounds) < 3:  # said here, since the except clause keeps the tensors of the failed round alive
+        network = None
+    if network is None:  # said here, since the except clause keeps the tensors of the failed step alive
         raise InputError(f"--batch-size {len(batch.inputs)} does not fit the memory of {device}; "
-                         + advice(what_fits(model, optimizer, batch, accumulate, dtype)))
+                         + advice(what_fits(model, optimizer, batch, micro_steps, dtype)))
     for part in getattr(optimizer, "parts", [optimizer]):
         part.state.clear()
     set_rng_state(random_state, device)
     model.train(mode)
-    return network, median(rounds[1:])  # the first round warms up
+    return network, step
 
 
-def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> nn.Module:
-    """The model with `features` compiled, for each length of rows; or, after one warning, the model itself.
+def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> GPT:
+    """The model with its blocks and the loss compiled; or, after one warning, the model itself.
 
-    The loss stays as it is: its shapes follow the number of supervised tokens of a batch.
+    One block is compiled and serves all layers, once for each length of rows; the rows of the loss are
+    as many as a batch has supervised tokens, so their number stays open (its second value is compiled
+    for any). Tables and the last layer norm stay as they are: compiled, the rows of their gradients
+    would add up in any order, and no run could be repeated.
     """
     try:
         torch._dynamo.config.recompile_limit = 64  # lengths of rows; beyond it the rest would run uncompiled
         network = copy.copy(model)  # another object with the same weights
-        network.features = torch.compile(model.features, dynamic=False)
+        network.layer = torch.compile(model.layer, dynamic=False)
+        network.chunk_nll = torch.compile(model.chunk_nll)
         one_round(network, optimizer, batch, dtype)
         return network
     except Exception as error:  # a missing compiler, an unknown GPU, … raise a dozen kinds
@@ -74,6 +90,21 @@ def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> nn.Modu
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"warning: --compile does not work here, going on without it: {reason}", file=sys.stderr)
         return model
+
+
+def graphs() -> int:
+    """How many graphs have been compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
+def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype, seconds: float) -> float:
+    """Median seconds of a step, over all processes and about `seconds`."""
+    rounds: list[float] = []
+    while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
+        micro_step, update = one_round(network, optimizer, batch, dtype)
+        total = runtime.sum_over_ranks(micro_steps * micro_step + update)[0]  # all of them take as many rounds
+        rounds.append(total / runtime.world_size())
+    return median(rounds[1:])  # the first round warms up
 
 
 def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
@@ -94,17 +125,20 @@ def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -
     return middle - start, clock(device) - middle
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def full_speed(model: GPT, tokens: int, dtype: torch.dtype) -> float:
+    """Tokens a second, in rows of `tokens`, if this device did nothing but products at their measured peak.
+
+    The model FLOPs utilisation (MFU; Chowdhery et al. 2022, appendix B) is the share of it that a
+    run reaches: the blocks' and the head's products three times, no recomputation counted.
+    """
+    peak = runtime.product_speed(model.wte.weight.device, dtype)
+    return peak / (3 * forward_flops_per_token(model.config, tokens))
 
 
 # ------------------------------------------------------------------ memory
 
 
-def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bool, accumulate: int, dtype: torch.dtype) -> int:
+def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bool, micro_steps: int, dtype: torch.dtype) -> int:
     """Bytes that a step takes, about; InputError, with the settings that fit, if the device has fewer.
 
     For a CPU, where the kernel kills what takes too much; a GPU says so itself, in `rehearse`.
@@ -113,26 +147,26 @@ def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bo
     limit, needs = ROOM * memory_of_machine(), memory_needed(model, optimizer, tokens, masked, dtype)
     if needs(batch_size) <= limit:
         return int(needs(batch_size))
-    pair = next((pair for pair in smaller(batch_size, accumulate) if needs(pair[0]) <= limit), None)
+    pair = next((pair for pair in smaller(batch_size, micro_steps) if needs(pair[0]) <= limit), None)
     raise InputError(f"--batch-size {batch_size} with rows of {tokens} tokens needs about {needs(batch_size) / 1e9:.1f} GB, "
                      f"{device} has {limit / ROOM / 1e9:.1f} GB; {advice(pair)}")
 
 
-def smaller(batch_size: int, accumulate: int) -> Iterator[tuple[int, int]]:
-    """Pairs (batch_size, accumulate) of less memory and the same rows, so the same gradient, a step; largest first."""
-    rows = batch_size * accumulate
-    return ((rows // more, more) for more in range(accumulate + 1, rows + 1) if rows % more == 0)
+def smaller(batch_size: int, micro_steps: int) -> Iterator[tuple[int, int]]:
+    """Pairs (batch_size, micro_steps) of less memory and the same rows, so the same gradient, a step; largest first."""
+    rows = batch_size * micro_steps
+    return ((rows // more, more) for more in range(micro_steps + 1, rows + 1) if rows % more == 0)
 
 
 def advice(pair: tuple[int, int] | None) -> str:
     if pair is None:
         return "not even 1 fits: take a smaller model or --block-size"
-    return f"--batch-size {pair[0]} --accumulate {pair[1]} fits and takes the same steps"
+    return f"--batch-size {pair[0]} --accumulate {pair[1] * runtime.world_size()} fits and takes the same steps"
 
 
-def what_fits(model: GPT, optimizer, batch: Batch, accumulate: int, dtype: torch.dtype) -> tuple[int, int] | None:
+def what_fits(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype) -> tuple[int, int] | None:
     """The largest smaller pair, found by trying."""
-    for size, more in smaller(len(batch.inputs), accumulate):
+    for size, more in smaller(len(batch.inputs), micro_steps):
         try:
             one_round(model, optimizer, Batch(*(None if x is None else x[:size] for x in batch)), dtype)
             return size, more
@@ -182,7 +216,7 @@ def memory_of_machine() -> int:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdigit():
             limits.append(int(limit))
-    return min(limits)
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share it
 
 
 # ------------------------------------------------------------------ disk
@@ -200,6 +234,7 @@ def checkpoint_bytes(model: GPT, optimizer) -> int:
     return sum(4 * p.numel() for p in model.parameters()) + optimizer_bytes(optimizer) + 4_000_000
 
 
+@runtime.on_rank_0
 def check_disk(out: Path, size: int, keep: int) -> None:
     """InputError if checkpoints of `size` bytes will not fit: --keep, the best, and the one being written."""
     out.mkdir(parents=True, exist_ok=True)

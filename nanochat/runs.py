@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nanochat import InputError, __version__
+from nanochat import InputError, __version__, runtime
 from nanochat.checkpoint import (
     SUMS,
     followed,
@@ -127,6 +127,7 @@ def read_resume(folder: Path) -> dict:
     return state
 
 
+@runtime.on_rank_0
 def clear(out: Path) -> None:
     """Delete the run in `out`, and nothing else there: when all is ready, so that an error costs none."""
     out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +166,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+@runtime.on_rank_0
 def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,
          resume: dict | None = None, keep: int = 2) -> Path:
     """Write out/step-NNNNNN and point `last` at it; drop older steps but `keep` and the best.
@@ -213,6 +215,7 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     return final
 
 
+@runtime.on_rank_0
 def add_results(out: Path, step: int, results: dict, best: bool) -> None:
     """Add the evaluation of a saved step to its nanochat.json; if it is the best so far, point `best` at it."""
     folder, temporary = out / f"step-{step:06d}", out / ".tmp-nanochat.json"

@@ -1,8 +1,11 @@
-"""Where we run: device, precision, random state, the metrics log, signals, and how a script ends.
+"""Where we run: processes, device, precision, random state, the metrics log, signals, and how a script ends.
 
 Weights are fp32 in training; `autocast` computes the large products in a shorter type. On GPUs
 that is bf16 from compute capability 8.0 (Ampere), fp16 with a loss scaler before; on CPUs bf16
 where a short probe finds it faster, else fp32.
+
+torchrun starts one process a GPU (or a few on a CPU), each with a rank. All of them run the same
+lines; what only one may do (print, write files) rank 0 does.
 """
 
 import ctypes
@@ -14,24 +17,89 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 
 from nanochat import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# ------------------------------------------------------------------ processes
+
+
+def join_processes() -> None:
+    """Meet the other processes that torchrun started, if it did; from here on only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo for what lies on the CPU, NCCL for GPUs. Rank 0 may prepare a corpus for hours while the others
+        # wait; if a process dies, it is torchrun that ends the others, not this limit.
+        dist.init_process_group(timeout=timedelta(days=2))
+        if rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value, added up over all processes, in float64: the same list in each of them."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def from_all_ranks(value) -> list:
+    """What each process has, in the order of their ranks."""
+    values = [value]
+    if world_size() > 1:
+        values *= world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(function: Callable):
+    """What function() gives in rank 0, for all; the others wait for it. If it fails there, torchrun ends all."""
+    box = [function() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_rank_0(function: Callable) -> Callable:
+    """Decorator: elsewhere the function does nothing."""
+    return wraps(function)(lambda *args, **named: function(*args, **named) if rank() == 0 else None)
+
+
+# ------------------------------------------------------------------ device and precision
+
+
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises InputError for an absent device."""
+    """"auto" is CUDA where there is one, else the CPU; of several processes each has its own GPU.
+
+    Raises InputError for an absent device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).cpu()  # which "meta" cannot do
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0][:100]}; try auto or cpu") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -52,22 +120,36 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def bf16_speedup() -> float:
     """How many times faster this CPU multiplies in bf16 than in fp32, in 0.1 s."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(512, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
-        torch.nn.functional.linear(x, weight)  # the first call sets up the kernel
-        runs = []
-        for _ in range(7):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            runs.append(time.perf_counter() - start)
-        seconds[dtype] = median(runs)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    cpu = torch.device("cpu")
+    return product_speed(cpu, torch.bfloat16, 512) / product_speed(cpu, torch.float32, 512)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a product of two matrices of size × size, in well under a second: the peak that MFU is a share of."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    torch.nn.functional.linear(x, x)  # the first call sets up the kernel
+    runs = []
+    for _ in range(7):
+        start = clock(device)
+        torch.nn.functional.linear(x, x)
+        runs.append(clock(device) - start)
+    return 2 * size**3 / median(runs)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which forward passes run; it changes nothing for fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# ------------------------------------------------------------------ memory and random state
 
 
 def keep_freed_memory() -> None:
@@ -99,18 +181,24 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+# ------------------------------------------------------------------ metrics
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, flushed at once, so that a killed run keeps its log."""
 
     def __init__(self, path: Path, before: int):
         """Lines of this step and later ones, left by a run that is resumed, are dropped: they come again."""
-        self.path = path
+        self.path, self.file = path, None
+        if rank():
+            return
         kept = [record for record in read_metrics(path) if record["step"] < before]
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")
 
+    @on_rank_0
     def write(self, **record: float) -> None:
         try:
             print(json.dumps(record), file=self.file, flush=True)
@@ -118,7 +206,7 @@ class MetricsLog:
             raise InputError(f"{self.path}: {error.strerror}; --resume goes on once that is mended") from None
 
     def close(self) -> None:
-        with suppress(OSError):  # what a full disk did not take
+        with suppress(OSError, AttributeError):  # what a full disk did not take; no file
             self.file.close()
 
 
@@ -132,6 +220,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
+@on_rank_0
 def draw_losses(log: Path, picture: Path) -> None:
     """Draw training and validation loss against the step: metrics.jsonl → loss.png."""
     import matplotlib  # 0.5 s, needed once, at the end
@@ -162,6 +251,9 @@ def draw_losses(log: Path, picture: Path) -> None:
 def argument_text(argument: str) -> str:
     """The text of a command-line argument, read as UTF-8 whatever the locale says (not for paths)."""
     return os.fsencode(argument).decode("utf-8", "replace")
+
+
+# ------------------------------------------------------------------ signals, and the end
 
 
 class Stopped(Exception):
@@ -201,8 +293,11 @@ def signals_wait() -> Iterator[None]:
 
 
 def signal_received() -> int | None:
-    """The signal that came while signals_wait was open, if one did."""
-    return _received[0] if _received else None
+    """The signal that came to any of the processes while signals_wait was open, if one did; all of them ask together."""
+    number = torch.tensor(_received[0] if _received else 0)
+    if world_size() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number) or None
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -214,9 +309,12 @@ def run_as_script(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):  # UTF-8 whatever the terminal's locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
+        join_processes()
         main()
         if sys.stdout:
             sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
         sys.exit(128 + 13)
@@ -229,13 +327,16 @@ def run_as_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(say("\ninterrupted", 130))
     except Exception as error:
+        if rank() and "gloo" in str(error):  # the first error is the one to read
+            sys.exit(say("lost the other processes", 1))
         if not out_of_memory(error):
+            sys.stderr = sys.__stderr__ if rank() else sys.stderr
             raise
         sys.exit(say("error: out of memory: a smaller --batch-size with a larger --accumulate takes the same steps", 2))
 
 
 def say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print(f"rank {rank()}: {line}" if rank() else line, file=sys.__stderr__ if rank() else sys.stderr)
     return code
 
 

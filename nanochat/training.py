@@ -5,6 +5,9 @@ micro-steps and one optimizer update; an epoch is every example once. Pre-traini
 fine-tuning run this same loop: what differs comes in as values (a model, examples, an
 `evaluate` function, settings).
 
+Under torchrun the processes share the micro-steps of a step, and DistributedDataParallel averages
+their gradients: the settings say what a step is, the number of processes only how long it takes.
+
 A resumed run is the run that it would have been: a checkpoint holds all that a step depends on,
 and the order of the examples is a function of one counter.
 
@@ -47,11 +50,15 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     or SIGTERM ends the run after the step that it meets, saved: runtime.Stopped is raised.
     """
     model.to(device)
+    model.recompute = config.recompute
+    world_size = runtime.world_size()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network, progress, record, conditions = begin(
         model, optimizer, scaler, data, held_out, config, out, settings, dtype, resume)
+    full_speed = rehearsal.full_speed(model, data.block_size, dtype) * world_size
     model.train()
+    batches, supervised = draw(data, progress.examples, config, device)
     with (closing(MetricsLog(out / "metrics.jsonl", before=progress.step)) as log,
           tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10) as bar):
@@ -75,29 +82,27 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
 
-            # The whole step is drawn first: its loss is the mean over all its supervised tokens, and
-            # micro-batches hold different numbers of them (a mean of means would weigh them wrongly).
-            batches = []
-            for _ in range(config.accumulate):
-                batches.append(data.batch(example_order(progress.examples, config.batch_size, len(data), config.seed)))
-                progress.examples += config.batch_size
-            supervised = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-
             step_loss = torch.zeros((), device=device)
             for batch in batches:
+                network.require_backward_grad_sync = batch is batches[-1]  # DDP adds up over the processes once a step
                 with autocast(device, dtype):
                     loss = network(*batch.to(device)) / max(supervised, 1)
-                scaler.scale(loss).backward()  # gradients add up over the micro-steps
+                scaler.scale(loss * world_size).backward()  # gradients add up over the micro-steps; DDP takes their mean
                 step_loss += loss.detach()
+            progress.examples += config.batch_size * config.accumulate
+            next_step = draw(data, progress.examples, config, device)  # while a GPU is still at work
 
             scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            loss_value, norm_value = step_loss.item(), grad_norm.item()
+            tokens = sum(batch.inputs.numel() for batch in batches)
+            loss_value, tokens = runtime.sum_over_ranks(step_loss.item(), tokens)
+            norm_value = grad_norm.item()
             stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
             scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed …
             scaler.update()  # … and then halves the scale
             optimizer.zero_grad(set_to_none=True)
+            batches, supervised = next_step
             if scaler.get_scale() < scale:
                 progress.skipped_in_a_row, record = progress.skipped_in_a_row + 1, {}
                 continue  # the schedule does not advance
@@ -107,7 +112,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             seconds = time.perf_counter() - started
             progress.seconds += seconds
             record = dict(step=progress.step, loss=loss_value, learning_rate=rate * config.learning_rate, grad_norm=norm_value,
-                          tokens_per_second=sum(batch.inputs.numel() for batch in batches) / seconds, seconds=progress.seconds)
+                          tokens_per_second=tokens / seconds, mfu=tokens / seconds / full_speed, seconds=progress.seconds)
             stop_signal = runtime.signal_received()
             if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
                 state = snapshot(progress, record, model, optimizer, scaler) | {"conditions": conditions}
@@ -116,10 +121,12 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
                 log.write(**record)
                 break
             bar.set_postfix_str(f"loss {loss_value:.3f} lr {record['learning_rate']:.1e} norm {norm_value:.2f} "
-                                f"{record['tokens_per_second']:,.0f} tok/s", refresh=False)
+                                f"{tokens / seconds:,.0f} tok/s {record['mfu']:.0%} MFU", refresh=False)
             bar.update()
 
     model.eval()
+    if conditions["compiled"]:
+        print(f"{rehearsal.graphs()} graphs were compiled", file=sys.stderr)
     draw_losses(out / "metrics.jsonl", out / "loss.png")
     if stop_signal := runtime.signal_received():
         raise runtime.Stopped(stop_signal, f"step {progress.step} is saved in {out}; --resume goes on from it")
@@ -144,7 +151,7 @@ class TrainConfig:
     batch_size: int = 8
     """sequences in a micro-step"""
     accumulate: int = 1
-    """micro-steps in a step: a large batch in little memory, with the same gradient"""
+    """micro-steps in a step, shared by all processes: a large batch in little memory, with the same gradient"""
     max_steps: int | None = None
     """optimizer steps in all"""
     max_minutes: float | None = None
@@ -173,8 +180,10 @@ class TrainConfig:
     """type of the large products; weights stay fp32"""
     device: str = "auto"
     """cuda, cpu, cuda:1, …"""
-    compile: bool = False
-    """compile the network: pays on GPUs; on a CPU only in runs of hours. Without a compiler it goes on without"""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """compile the blocks and the loss; auto: in runs of over ten minutes, if some steps are then faster"""
+    recompute: bool = False
+    """keep only the input of each block for the backward pass: half the memory, a third more work (activation checkpointing)"""
     seed: int = 0
     """of the weights' start, the data order and dropout"""
 
@@ -198,11 +207,14 @@ class TrainConfig:
         if wrong:
             raise InputError("; ".join(wrong))
 
-    def or_minutes(self, minutes: float) -> TrainConfig:
-        """These settings, with a length of `minutes` if they name none."""
-        if self.max_steps is self.max_minutes is self.epochs is None:
-            return replace(self, max_minutes=minutes)
-        return self
+    def completed(self, minutes: float) -> TrainConfig:
+        """These settings, with a length of `minutes` if they name none, and a micro-step for each process."""
+        processes = runtime.world_size()
+        accumulate = max(self.accumulate, processes)
+        if accumulate % processes:
+            raise InputError(f"--accumulate {accumulate} cannot be shared by {processes} processes; take a multiple")
+        endless = self.max_steps is self.max_minutes is self.epochs is None
+        return replace(self, accumulate=accumulate, max_minutes=minutes if endless else self.max_minutes)
 
 
 class Examples(Protocol):
@@ -238,32 +250,40 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
     conditions: all that must be equal for a resumed run to be the same run. The report is printed
     and, unless it is resumed, an earlier run in `out` deleted: now that all is ready.
     """
-    device = model.wte.weight.device
+    device, micro_steps = model.wte.weight.device, config.accumulate // runtime.world_size()
     disk = rehearsal.checkpoint_bytes(model, optimizer)
     rehearsal.check_disk(out, disk, config.keep)
     memory = 0
     if device.type != "cuda":
         masked = data.batch([0]).segments is not None
-        memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, masked, config.accumulate, dtype)
+        memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, masked, micro_steps, dtype)
     texts = f"{data.fingerprint} {held_out}"
     if resume:
         take_up(resume["conditions"], device, texts)
     batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
-    compiling = resume["conditions"]["compiled"] if resume else config.compile
+    compiling = config.compile
+    if resume:
+        compiling = "yes" if resume["conditions"]["compiled"] else "no"
     one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
+
+    def length(seconds: float) -> float:
+        return seconds * steps_in(config, seconds, len(data))
+
     print("trying a few steps: do they fit, and how long do they take?", file=sys.stderr)
-    network, seconds = rehearsal.rehearse(model, optimizer, batch, config.accumulate, dtype, compiling, one_percent)
+    network, seconds = rehearsal.rehearse(model, optimizer, batch, micro_steps, dtype, compiling, one_percent, length)
     if resume:
         progress, record = restore(resume, model, optimizer, scaler)
     else:
         progress, record = Progress(steps_in(config, seconds, len(data))), {}
+        torch.manual_seed(config.seed + runtime.rank())  # each process drops others; all have the same weights by now
         runs.clear(out)
     conditions = {
         "settings": json.loads(json.dumps(settings, default=str)),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "compiled": network is not model,
+        "processes": runtime.world_size(),
+        "compiled": getattr(network, "module", network) is not model,
         "texts": texts,
     }
     memory = memory or torch.cuda.max_memory_allocated(device)
@@ -281,7 +301,8 @@ def report(model: GPT, data: Examples, config: TrainConfig, progress: Progress, 
     lines = [
         f"settings: {json.dumps(conditions['settings'], ensure_ascii=False)}",
         f"{learning:,} parameters learn, on {conditions['device']} in {conditions['dtype']}, "
-        f"{conditions['threads']} threads{', compiled' if conditions['compiled'] else ''}",
+        f"{conditions['processes']} process{'es' * (conditions['processes'] > 1)}, {conditions['threads']} threads"
+        f"{', compiled' * conditions['compiled']}",
         f"{len(data):,} examples of up to {data.block_size} tokens; {rows} a step, {rows * data.block_size:,} tokens; "
         f"{progress.max_steps:,} steps, {progress.max_steps * rows / len(data):.2f} epochs",
         f"about {minutes:.1f} minutes for {left:,} steps, and evaluations; "
@@ -356,6 +377,23 @@ def stop_if_not_finite(loss: float, norm: float, learning_rate: float, progress:
 # ------------------------------------------------------------------ order of the examples
 
 
+def draw(data: Examples, position: int, config: TrainConfig, device: torch.device) -> tuple[list[Batch], int]:
+    """The micro-batches of the step at `position` in the order of examples: → (this process's, supervised tokens of all).
+
+    Process r of w takes the micro-batches r, r + w, …. A step is drawn whole, since its loss is the
+    mean over all its supervised tokens, and micro-batches hold different numbers of them: a mean of
+    means would weigh them wrongly.
+    """
+    batches = []
+    for micro_step in range(runtime.rank(), config.accumulate, runtime.world_size()):
+        start = position + micro_step * config.batch_size
+        batches.append(data.batch(example_order(start, config.batch_size, len(data), config.seed)))
+    supervised = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    if device.type == "cuda":
+        batches = [batch.pinned() for batch in batches]
+    return batches, int(runtime.sum_over_ranks(supervised)[0])
+
+
 def example_order(position: int, count: int, examples: int, seed: int) -> list[int]:
     """Which examples stand at position … position + count in the endless order of a run.
 
@@ -422,7 +460,7 @@ def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: to
         "record": record,  # its line of metrics.jsonl, which is written after the checkpoint
         "optimizer": {name_of[p]: dict(state) for part in parts for p, state in part.state.items()},
         "scaler": scaler.state_dict(),
-        "rng": rng_state(model.wte.weight.device),
+        "rng": runtime.from_all_ranks(rng_state(model.wte.weight.device)),
     }
 
 
@@ -438,7 +476,7 @@ def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) ->
                 part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"], model.wte.weight.device)
+    set_rng_state(state["rng"][runtime.rank() % len(state["rng"])], model.wte.weight.device)
     return Progress(**state["progress"]), state["record"]
 
 
@@ -448,7 +486,7 @@ def take_up(saved: dict, device: torch.device, texts: str) -> None:
         raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "
                          "--init goes on with other data")
     torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
-    here = {"device": device.type, "threads": torch.get_num_threads()}
+    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": runtime.world_size()}
     for name, value in here.items():
         there = saved[name].split(":")[0] if name == "device" else saved[name]
         if value != there:
@@ -456,7 +494,7 @@ def take_up(saved: dict, device: torch.device, texts: str) -> None:
 
 
 # What may change on --resume: nothing here touches the weights of any step.
-FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch"}
+FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch", "recompute"}
 
 
 def settings_to_resume(settings, resume: dict, parse: Callable):
@@ -468,16 +506,13 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     """
     try:  # flags stand at False here: a default of True would change their names
         saved = resume["conditions"]["settings"]
-        compiling = saved["training"]["compile"]
         plain = saved | {"out": settings.out, "resume": False, "overwrite": False}
-        began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"compile": False})})
+        began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"recompute": False})})
     except (KeyError, TypeError) as error:
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
     now = parse(default=began)
-    now.training.compile |= compiling
     before, after = (asdict(s) | asdict(s)["training"] for s in (began, now))
-    before["compile"] = compiling
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
                for name in after if name not in FREE | {"training"} and after[name] != before[name]]
     if changed:

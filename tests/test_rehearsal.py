@@ -89,7 +89,7 @@ def raising(*_, **__):
 def test_a_compiler_that_does_not_work_costs_one_warning(broken, tokenizer, tmp_path, monkeypatch, capsys):
     """Where Python or the system is unknown to it torch.compile itself raises, without a compiler its first call."""
     monkeypatch.setattr(torch, "compile", broken)
-    progress, _ = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, compile=True)
+    progress, _ = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, compile="yes")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warnings == ["warning: --compile does not work here, going on without it: no C++ compiler"]
     assert progress.step == 4
@@ -104,7 +104,7 @@ def test_a_compiled_network_is_compiled_for_the_length_of_rows_only(tokenizer, t
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     frames = []
     monkeypatch.setattr(training, "stop_if_not_finite", lambda *_: frames.append(counter.frame_count))
-    run(tiny(tokenizer), RandomExamples(list(range(3, 13))), tmp_path, tokenizer, batch_size=1, max_steps=10, compile=True)
+    run(tiny(tokenizer), RandomExamples(list(range(3, 13))), tmp_path, tokenizer, batch_size=1, max_steps=10, compile="yes")
     state = torch.load(tmp_path / "last" / "resume" / "state.pt", weights_only=True)
     assert state["conditions"]["compiled"] is True
     assert frames[0] > 0 and set(frames) == {frames[0]}

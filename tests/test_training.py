@@ -196,7 +196,7 @@ def test_overflow_in_either_optimizer_skips_both(tokenizer):
 
 
 class Poisoned(RandomExamples):
-    """Examples whose batch number `at` (the rehearsal's is 0) comes with a broken weight."""
+    """Examples whose batch number `at` (the rehearsal's is 0) breaks a weight when its turn comes."""
 
     def __init__(self, model: GPT, at: int, break_it, supervised=(9,) * 5):
         super().__init__(list(supervised))
@@ -205,10 +205,19 @@ class Poisoned(RandomExamples):
     def batch(self, indices) -> Batch:
         if len(indices) == 1:  # the look at one example before the rehearsal
             return super().batch(indices)
-        if self.drawn == self.at:
-            self.break_it(self.model)
         self.drawn += 1
-        return super().batch(indices)
+        batch = super().batch(indices)
+        return batch if self.drawn != self.at + 1 else self.Breaking(*batch, self)
+
+    class Breaking(Batch):
+        def __new__(cls, inputs, targets, segments, examples):
+            batch = super().__new__(cls, inputs, targets, segments)
+            batch.examples = examples
+            return batch
+
+        def to(self, device):
+            self.examples.break_it(self.examples.model)
+            return Batch(*self).to(device)
 
 
 def overflowing(monkeypatch, steps: set[int], then=lambda: None) -> None:

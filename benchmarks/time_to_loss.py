@@ -1,0 +1,348 @@
+"""Time to a loss: held-out bits per byte against seconds of training, and what each choice of train.py gives.
+
+The claim under test: nanochat reaches in S/2 seconds at least the bits per byte that a tuned Hugging Face
+run reaches in S. Both train the same shape with the same tokenizer on the same crops of the same text, both
+are scored by evaluate.score on all held-out text in fp32. The clock runs only while steps are trained.
+
+nanochat: train.py's defaults. hugging face: GPT2LMHeadModel with its own loss, AdamW (0.9, 0.95; decay 0.1),
+the same warm-up, cosine to 10 %, no dropout, the allocator as it is; its rate is the best of --rates at the
+first seed, chosen on the held-out text itself, which is to its advantage. The ablation: nanochat with one part
+changed, S/2 seconds each; where two rates are given, the better one.
+
+Each run is a process of its own (an allocator cannot be set back) and has a fixed number of steps: its seconds
+over the median time of a few steps that are then undone. One loop serves all variants; that it is train.py's
+shows in `python train.py --max-steps N`, N the steps of a nanochat run of seed 0: it ends at the same bits per byte.
+
+    python benchmarks/time_to_loss.py                              all of it, S = 120: about 75 minutes on 2 cores
+    python benchmarks/time_to_loss.py --only ablation --seeds 0    runs that are in out/time_to_loss/runs.jsonl are not repeated
+    python benchmarks/time_to_loss.py --device cuda --n-layer 12 --n-head 12 --n-embd 768 --tokens 1024 --data FILE
+"""
+
+import argparse
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import record  # noqa: E402
+
+import nanochat.model  # noqa: E402
+from data import find  # noqa: E402
+from nanochat import checkpoint, corpus, evaluate, rehearsal, runtime, training  # noqa: E402
+from nanochat.model import GPT, GPTConfig  # noqa: E402
+from nanochat.tokenizer import Tokenizer  # noqa: E402
+from train import Settings  # noqa: E402
+
+DEFAULTS = Settings()
+SHAPE = ("n_layer", "n_head", "n_embd")
+RUNS = Path("out/time_to_loss/runs.jsonl")
+OURS, THEIRS, KEPT = "nanochat", "hugging face", "hugging face, kept memory"
+POINTS = 6  # of a curve; the ablation is scored at its end only
+CURVE_TOKENS = 100_000  # held-out tokens for a curve; the end is scored on all
+
+
+def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list[float]]]:
+    """name: (all that decides a run but its seed and rate, the rates to choose from)."""
+    config = DEFAULTS.training
+    ours = {name: getattr(args, name) for name in ("device", "data", "tokens", *SHAPE, "batch_size", "compile")}
+    ours |= {"package": "nanochat", "vocab_size": DEFAULTS.vocab_size, "optimizer": config.optimizer, "schedule": "linear",
+             "crops": "once an epoch", "attention": "own", "keep_memory": True, "dtype": dtype,
+             "threads": torch.get_num_threads(), "seconds": args.seconds / 2, "points": POINTS}
+    theirs = ours | {"package": "transformers", "schedule": "cosine", "keep_memory": False, "seconds": args.seconds}
+    batch, rate = 4 * args.batch_size, config.learning_rate
+    changes = {
+        "tokenizer 16,384": {"vocab_size": 16384},
+        "tokenizer 4,096": {"vocab_size": 4096},
+        f"batch {batch}": {"batch_size": batch},
+        "AdamW instead of Muon": {"optimizer": "adamw"},
+        "cosine to 10 %, not linear to 0": {"schedule": "cosine"},
+        "random crops": {"crops": "random"},
+        "not compiled" if args.compile else "compiled": {"compile": not args.compile},
+    }
+    if dtype != "float32":
+        changes["fp32"] = {"dtype": "float32"}
+    if torch.device(args.device).type == "cpu":  # neither differs on a GPU
+        changes |= {"fused attention kernel": {"attention": "fused"}, "allocator as it is": {"keep_memory": False}}
+    rates = {"AdamW instead of Muon": [1e-3, 3e-3], f"batch {batch}": [rate, 2 * rate]}
+    return {THEIRS: (theirs, args.rates), KEPT: (theirs | {"keep_memory": True}, []), OURS: (ours, [rate]),
+            **{name: (ours | {"points": 1} | change, rates.get(name, [rate])) for name, change in changes.items()}}
+
+
+def corpus_folder(data: str, vocab_size: int) -> Path:
+    return Path("out/corpus") / f"time-to-loss-{Path(data).name.split('.')[0]}-{vocab_size}"
+
+
+# ------------------------------------------------------------------ one run, in a process of its own
+
+
+def measure(job: dict) -> dict:
+    """Train and score as the job says; → its results."""
+    if job["keep_memory"]:
+        runtime.keep_freed_memory()
+    if job["attention"] == "fused":
+        nanochat.model.attention = lambda q, k, v, mask, *_: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
+    device, dtype = torch.device(job["device"]), runtime.DTYPES[job["dtype"]]
+    folder, tokens, rows = corpus_folder(job["data"], job["vocab_size"]), job["tokens"], job["batch_size"]
+    tokenizer = Tokenizer.load(folder)
+    train, val = (corpus.TokenStream(folder, split, tokenizer, tokens) for split in ("train", "val"))
+    shape = {name: job[name] for name in SHAPE}
+    config = replace(DEFAULTS.training, optimizer=job["optimizer"], learning_rate=job["learning_rate"])
+    ours = job["package"] == "nanochat"
+
+    torch.manual_seed(job["seed"])
+    if ours:
+        model = GPT(GPTConfig(tokenizer.vocab_size, tokens, **shape)).to(device).train()
+        optimizer = training.build_optimizer(model, config)
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        model = GPT2LMHeadModel(GPT2Config(tokenizer.vocab_size, tokens, **shape, **ids, **no_dropout)).to(device).train()
+        groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "peak_lr": config.learning_rate,
+                   "weight_decay": config.weight_decay * decays} for decays in (True, False)]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    if job["crops"] == "random":  # from any token on
+        stream = torch.cat([train.batch([i]).inputs[0] for i in range(len(train))])
+        draw = torch.Generator().manual_seed(job["seed"])
+
+    def step(number: int, steps: int) -> None:
+        factor = training.learning_rate_factor(number, steps, config.warmup_steps)
+        if job["schedule"] == "cosine" and number >= config.warmup_steps:
+            factor = 0.55 + 0.45 * math.cos(math.pi * (number - config.warmup_steps) / (steps - config.warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        if job["crops"] == "random":
+            starts = torch.randint(len(stream) - tokens, (rows,), generator=draw).tolist()
+            crops = torch.stack([stream[s : s + tokens + 1] for s in starts]).to(device)
+            inputs, targets = crops[:, :-1], crops[:, 1:]
+        else:
+            inputs, targets, _ = train.batch(training.example_order(number * rows, rows, len(train), job["seed"])).to(device)
+        with runtime.autocast(device, dtype):
+            if ours:
+                loss = network(inputs, targets) / targets.numel()
+            else:  # shift_labels: the targets as they are, or it would learn from one fewer a row
+                loss = network(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        if ours:
+            loss.item(), norm.item()  # training.train looks at them in each step, for which a GPU waits
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # The rehearsal: real steps, then everything put back as it was.
+    start = copy.deepcopy(model.state_dict())
+    clocks, network = [runtime.clock(device)], model
+    if job["compile"] and ours:
+        network = rehearsal.compiled(model, optimizer, train.batch(range(rows)).to(device), dtype)
+        assert network is not model, "the compiler does not work here"
+    elif job["compile"]:
+        network = torch.compile(model, dynamic=False)
+    for number in range(12):
+        step(number, 12)
+        clocks.append(runtime.clock(device))
+    usual = median(after - before for before, after in zip(clocks[2:], clocks[3:]))
+    compile_seconds = round(clocks[1] - clocks[0] - usual, 1) if job["compile"] else None
+    steps = max(1, int(job["seconds"] / usual))
+    model.load_state_dict(start)
+    for part in getattr(optimizer, "parts", [optimizer]):
+        part.state.clear()
+    if job["crops"] == "random":
+        draw.manual_seed(job["seed"])
+
+    def bits_per_byte(batches: int) -> float:
+        scored = model
+        if not ours:  # the same weights in our network, so that one function scores both
+            weights = {name: w.cpu() for name, w in model.state_dict().items()}
+            state = checkpoint.to_our_layout(weights, True, Path(THEIRS))
+            scored = checkpoint.build(GPTConfig(tokenizer.vocab_size, tokens, **shape), state, Path(THEIRS)).to(device)
+        score = evaluate.score(scored, tokenizer, islice(val.batches(rows), batches))["bits_per_byte"]
+        return round(score, 5) if math.isfinite(score) else 99.0  # a run that has diverged
+
+    batches = math.ceil((val.tokens - 1) / (rows * tokens))
+    some = min(batches, CURVE_TOKENS // (rows * tokens) + 1)
+    points = {math.ceil(steps * k / job["points"]) for k in range(1, job["points"] + 1)}
+    seconds, curve, started = 0.0, [], runtime.clock(device)
+    for number in range(steps):
+        step(number, steps)
+        if number + 1 in points:
+            seconds += runtime.clock(device) - started
+            curve.append([round(seconds, 2), bits_per_byte(some)])
+            started = runtime.clock(device)
+    return {name: job[name] for name in ("variant", "seed", "learning_rate")} | {
+        "seconds": round(seconds, 2), "steps": steps, "epochs": round(steps * rows / len(train), 2),
+        "compile_seconds": compile_seconds, "curve": curve,
+        "bits_per_byte": curve[-1][1] if some == batches else bits_per_byte(batches), "job": job}
+
+
+# ------------------------------------------------------------------ all runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120, help="S: Hugging Face's; nanochat and its ablation get half")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="to choose Hugging Face's from")
+    parser.add_argument("--only", choices=("hf", "ours", "ablation"))
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help='such as "tokenizer 4,096"')
+    parser.add_argument("--fresh", action="store_true", help=f"delete {RUNS} first")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="both sides")
+    parser.add_argument("--data", default=DEFAULTS.data)
+    parser.add_argument("--tokens", type=int, default=DEFAULTS.block_size, help="in a crop")
+    parser.add_argument("--batch-size", type=int, default=DEFAULTS.training.batch_size)
+    for name in SHAPE:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(DEFAULTS, name))
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # one run, as this script starts it
+    args = parser.parse_args()
+    if args.job:
+        print(json.dumps(measure(json.loads(args.job))))
+        return
+
+    args.data = str(find(args.data))
+    device = runtime.pick_device(args.device)
+    dtype = "bfloat16" if device.type == "cuda" else str(runtime.pick_dtype("auto", device)).removeprefix("torch.")
+    plan = variants(args, dtype)
+    groups = {"hf": [THEIRS, KEPT], "ours": [OURS], "ablation": [name for name in plan if name not in (THEIRS, KEPT, OURS)]}
+    wanted = args.variants or groups.get(args.only, list(plan))
+    if KEPT in wanted and THEIRS not in wanted:
+        wanted = [THEIRS, *wanted]  # whose rate it takes
+    if unknown := [name for name in wanted if name not in plan]:
+        parser.error(f"--variants: {unknown} not among {list(plan)}")
+    for vocab_size in {plan[name][0]["vocab_size"] for name in wanted}:
+        corpus.prepare(args.data, corpus_folder(args.data, vocab_size), vocab_size=vocab_size)
+    RUNS.parent.mkdir(parents=True, exist_ok=True)
+    if args.fresh:
+        RUNS.unlink(missing_ok=True)
+    RUNS.touch()
+    done = {json.dumps(run["job"], sort_keys=True): run for run in map(json.loads, RUNS.read_text().splitlines())}
+
+    def run(name: str, seed: int, rate: float) -> dict | None:
+        """One run: from the file or, if it is wanted, measured now."""
+        job = plan[name][0] | {"variant": name, "seed": seed, "learning_rate": rate}
+        key = json.dumps(job, sort_keys=True)
+        if key in done:
+            bar.total -= job["seconds"] * (name in wanted)
+        elif name in wanted:
+            bar.set_description(f"{name}, seed {seed}, rate {rate:g}")
+            child = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+            if child.returncode == 0:
+                done[key] = json.loads(child.stdout.splitlines()[-1])
+                with RUNS.open("a") as file:
+                    print(json.dumps(done[key]), file=file)
+            else:
+                bar.write(f"{name}, seed {seed}: failed: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
+            bar.update(job["seconds"])
+        return done.get(key)
+
+    tried: dict[str, list[dict]] = {}  # one run a rate, at the first seed
+    best: dict[str, list[dict]] = {}  # one run a seed, at the best rate
+    total = sum(plan[name][0]["seconds"] * (max(1, len(plan[name][1])) + len(args.seeds) - 1) for name in wanted)
+    with tqdm(total=total, unit="s", dynamic_ncols=True) as bar:
+        for name, (_, rates) in plan.items():
+            if name == KEPT and THEIRS in best:
+                rates = [best[THEIRS][0]["learning_rate"]]
+            if runs := [one for rate in rates if (one := run(name, args.seeds[0], rate))]:
+                tried[name], best[name] = runs, [min(runs, key=lambda one: one["bits_per_byte"])]
+        for seed in args.seeds[1:]:  # all variants at one seed, then at the next: a machine drifts
+            for runs in best.values():
+                if one := run(runs[0]["variant"], seed, runs[0]["learning_rate"]):
+                    runs.append(one)
+    rows = summary(best)
+    verdicts = [verdict(best, rows, name) for name in (THEIRS, KEPT) if {name, OURS} <= best.keys()]
+    print(*verdicts, sep="\n")
+    runs = [one for name in best for one in [*best[name], *(one for one in tried[name] if one is not best[name][0])]]
+    results = {"seconds": args.seconds, "verdicts": verdicts, "variants": list(rows.values()), "runs": runs}
+    record.save("time_to_loss", device, results)
+    draw(args.seconds, device, best, rows)
+
+
+# ------------------------------------------------------------------ what came out
+
+
+def summary(best: dict[str, list[dict]]) -> dict[str, dict]:
+    """A row for each variant, printed as a table."""
+    rows = {}
+    print(f"\n{'variant':<33}{'rate':>7}{'seeds':>7}{'steps':>8}{'seconds':>9}{'bits per byte':>18}{'difference':>12}")
+    for name, runs in best.items():
+        mean_of = {key: mean(one[key] for one in runs) for key in ("steps", "seconds", "bits_per_byte")}
+        ours = mean(one["bits_per_byte"] for one in best[OURS]) if OURS in best else math.nan
+        rows[name] = row = {
+            "variant": name, "learning_rate": runs[0]["learning_rate"], "seeds": len(runs), **mean_of,
+            "spread": stdev(one["bits_per_byte"] for one in runs) if len(runs) > 1 else math.nan,
+            "difference": mean_of["bits_per_byte"] - ours,
+        }
+        print("{variant:<33}{learning_rate:>7g}{seeds:>7}{steps:>8,.0f}{seconds:>9.1f}{bits_per_byte:>9.4f} ± {spread:.4f}"
+              "{difference:>+12.4f}".format(**row).replace("nan", "  - "),
+              f"  compiling: {runs[0]['compile_seconds']:.0f} s more" if runs[0]["compile_seconds"] is not None else "")
+    print("±: standard deviation over the seeds; difference: to nanochat, above 0 is worse\n")
+    return {name: {key: None if value != value else value for key, value in row.items()} for name, row in rows.items()}
+
+
+def verdict(best: dict[str, list[dict]], rows: dict[str, dict], name: str) -> str:
+    """Whether half the seconds of the variant `name` were enough, and how many would have been."""
+    ours, theirs = ([[mean(values) for values in zip(*points)] for points in zip(*(one["curve"] for one in best[who]))]
+                    for who in (OURS, name))
+    words = "was enough" if rows[OURS]["bits_per_byte"] <= rows[name]["bits_per_byte"] else "was NOT enough"
+    line = f"half the time {words}: " + ", ".join(
+        f"{who} {rows[who]['bits_per_byte']:.4f} after {rows[who]['seconds']:.0f} s" for who in (OURS, name))
+    # Where our curve passes the end of theirs. A run planned for so few seconds would have been there
+    # sooner: its rate would have fallen to zero by then.
+    seconds, goal = theirs[-1]
+    for (t0, b0), (t1, b1) in zip([ours[0], *ours], ours):
+        if b1 <= goal:
+            t = t1 if b0 == b1 else t0 + (t1 - t0) * (b0 - goal) / (b0 - b1)
+            return line + f"; nanochat was there after {t:.0f} s, {seconds / t:.1f} times as fast"
+    return line
+
+
+def draw(S: float, device: torch.device, best: dict[str, list[dict]], rows: dict[str, dict]) -> None:
+    """Left the curves of both sides, right the ablation: docs/time_to_loss-PLACE.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), dpi=120, layout="constrained")
+    for name, look in {THEIRS: "-#70767f", KEPT: ":#70767f", OURS: "-#1f5fa8"}.items():
+        label = f"{name}: {rows[name]['bits_per_byte']:.3f} after {rows[name]['seconds']:.0f} s" if name in rows else None
+        for one in best.get(name, []):
+            left.plot(*zip(*one["curve"]), look[0], color=look[1:], marker="o", markersize=3, linewidth=1.3, label=label)
+            label = None  # one line of the legend for all its seeds
+    left.set(title=f"nanochat with {S / 2:g} s, Hugging Face with {S:g} s; each line a seed", xlabel="seconds of training",
+             ylabel="bits per byte, held-out text")
+    left.set_xlim(left=0)
+    left.grid(alpha=0.3)
+    if left.lines:
+        left.legend(title="bits per byte at the end, mean of the seeds")
+    parts = {name: row["difference"] for name, row in rows.items() if name not in (THEIRS, KEPT, OURS) and OURS in rows}
+    parts = dict(sorted(parts.items(), key=lambda part: part[1]))
+    right.bar_label(right.barh(list(parts), list(parts.values()), color="#b9bec6"), fmt="{:+.3f}", padding=4)
+    right.axvline(0, color="#1f5fa8", linewidth=1.3)
+    if OURS in rows and (spread := rows[OURS]["spread"]):
+        right.axvspan(-spread, spread, color="#1f5fa8", alpha=0.15, lw=0, label="nanochat: standard deviation over seeds")
+        right.legend(loc="lower right")
+    right.margins(x=0.15)
+    right.set(title=f"nanochat with one part changed, {S / 2:g} s each",
+              xlabel="bits per byte more than nanochat as it is; to the right is worse")
+    right.spines[["top", "right"]].set_visible(False)
+    path = record.ROOT / "docs" / f"time_to_loss-{record.place(device)}.png"
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"wrote {path.relative_to(record.ROOT)}")
+
+
+if __name__ == "__main__":
+    runtime.run_as_script(main)
