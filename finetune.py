@@ -60,9 +60,9 @@ def main() -> None:
     device = runtime.pick_device(config.device)
     dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
 
-    conversations, problems = dialogue.read(find(settings.data))
+    conversations, problems = dialogue.read(runtime.from_rank_0(lambda: find(settings.data)))
     if settings.val_data is not None:
-        held_out, more_problems = dialogue.read(find(settings.val_data))
+        held_out, more_problems = dialogue.read(runtime.from_rank_0(lambda: find(settings.val_data)))
         problems += more_problems
         train_split, val_split, test_split = conversations, held_out, held_out
     else:

@@ -100,8 +100,8 @@ def main() -> None:
         raise InputError(f"--block-size is {settings.block_size}, must be at least 8")
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
-    source = find(settings.data)
-    val_source = find(settings.val_data) if settings.val_data is not None else None
+    source, val_source = runtime.from_rank_0(
+        lambda: [find(name) if name is not None else None for name in (settings.data, settings.val_data)])
     model = tokenizer = None
     block_size = settings.block_size
     if step or settings.init is not None:

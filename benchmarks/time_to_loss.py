@@ -12,9 +12,11 @@ changed, S/2 seconds each; where two rates are given, the better one.
 Each run is a process of its own (an allocator cannot be set back) and has a fixed number of steps: its seconds
 over the median time of a few steps that are then undone. One loop serves all variants; that it is train.py's
 shows in `python train.py --max-steps N`, N the steps of a nanochat run of seed 0: it ends at the same bits per byte.
+What is in out/time_to_loss/runs.jsonl is not measured again, so an interrupted measurement goes on; after a change of
+the code, begin with --fresh.
 
     python benchmarks/time_to_loss.py                              all of it, S = 120: about 75 minutes on 2 cores
-    python benchmarks/time_to_loss.py --only ablation --seeds 0    runs that are in out/time_to_loss/runs.jsonl are not repeated
+    python benchmarks/time_to_loss.py --only ablation --seeds 0    a part
     python benchmarks/time_to_loss.py --device cuda --n-layer 12 --n-head 12 --n-embd 768 --tokens 1024 --data FILE
 """
 
@@ -54,10 +56,11 @@ CURVE_TOKENS = 100_000  # held-out tokens for a curve; the end is scored on all
 def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list[float]]]:
     """name: (all that decides a run but its seed and rate, the rates to choose from)."""
     config = DEFAULTS.training
-    ours = {name: getattr(args, name) for name in ("device", "data", "tokens", *SHAPE, "batch_size", "compile")}
-    ours |= {"package": "nanochat", "vocab_size": DEFAULTS.vocab_size, "optimizer": config.optimizer, "schedule": "linear",
-             "crops": "once an epoch", "attention": "own", "keep_memory": True, "dtype": dtype,
-             "threads": torch.get_num_threads(), "seconds": args.seconds / 2, "points": POINTS}
+    ours = {name: getattr(args, name) for name in ("device", "tokens", *SHAPE, "batch_size", "compile")}
+    ours |= {"package": "nanochat", "data": Path(args.data).name.split(".")[0], "vocab_size": DEFAULTS.vocab_size,
+             "optimizer": config.optimizer, "schedule": "linear", "crops": "once an epoch", "attention": "own",
+             "keep_memory": True, "dtype": dtype, "threads": torch.get_num_threads(),
+             "seconds": args.seconds / 2, "points": POINTS}
     theirs = ours | {"package": "transformers", "schedule": "cosine", "keep_memory": False, "seconds": args.seconds}
     batch, rate = 4 * args.batch_size, config.learning_rate
     changes = {
@@ -78,8 +81,8 @@ def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list
             **{name: (ours | {"points": 1} | change, rates.get(name, [rate])) for name, change in changes.items()}}
 
 
-def corpus_folder(data: str, vocab_size: int) -> Path:
-    return Path("out/corpus") / f"time-to-loss-{Path(data).name.split('.')[0]}-{vocab_size}"
+def corpus_folder(job: dict) -> Path:
+    return Path("out/corpus") / f"time-to-loss-{job['data']}-{job['vocab_size']}"
 
 
 # ------------------------------------------------------------------ one run, in a process of its own
@@ -93,7 +96,7 @@ def measure(job: dict) -> dict:
         nanochat.model.attention = lambda q, k, v, mask, *_: F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
     device, dtype = torch.device(job["device"]), runtime.DTYPES[job["dtype"]]
-    folder, tokens, rows = corpus_folder(job["data"], job["vocab_size"]), job["tokens"], job["batch_size"]
+    folder, tokens, rows = corpus_folder(job), job["tokens"], job["batch_size"]
     tokenizer = Tokenizer.load(folder)
     train, val = (corpus.TokenStream(folder, split, tokenizer, tokens) for split in ("train", "val"))
     shape = {name: job[name] for name in SHAPE}
@@ -107,9 +110,10 @@ def measure(job: dict) -> dict:
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
-        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        model = GPT2LMHeadModel(GPT2Config(tokenizer.vocab_size, tokens, **shape, **ids, **no_dropout)).to(device).train()
+        shape_there = shape | {"vocab_size": tokenizer.vocab_size, "n_positions": tokens}
+        others = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        others |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+        model = GPT2LMHeadModel(GPT2Config(**shape_there, **others)).to(device).train()
         groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "peak_lr": config.learning_rate,
                    "weight_decay": config.weight_decay * decays} for decays in (True, False)]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -137,8 +141,8 @@ def measure(job: dict) -> dict:
                 loss = network(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        if ours:
-            loss.item(), norm.item()  # training.train looks at them in each step, for which a GPU waits
+        if ours:  # training.train looks at both in each step, for which a GPU waits
+            loss.item(), norm.item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -221,8 +225,8 @@ def main() -> None:
         wanted = [THEIRS, *wanted]  # whose rate it takes
     if unknown := [name for name in wanted if name not in plan]:
         parser.error(f"--variants: {unknown} not among {list(plan)}")
-    for vocab_size in {plan[name][0]["vocab_size"] for name in wanted}:
-        corpus.prepare(args.data, corpus_folder(args.data, vocab_size), vocab_size=vocab_size)
+    for folder, vocab_size in {corpus_folder(plan[name][0]): plan[name][0]["vocab_size"] for name in wanted}.items():
+        corpus.prepare(args.data, folder, vocab_size=vocab_size)
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         RUNS.unlink(missing_ok=True)
@@ -285,10 +289,11 @@ def summary(best: dict[str, list[dict]]) -> dict[str, dict]:
             "difference": mean_of["bits_per_byte"] - ours,
         }
         print("{variant:<33}{learning_rate:>7g}{seeds:>7}{steps:>8,.0f}{seconds:>9.1f}{bits_per_byte:>9.4f} ± {spread:.4f}"
-              "{difference:>+12.4f}".format(**row).replace("nan", "  - "),
+              "{difference:>+12.4f}".format(**row).replace("+nan", "   -").replace(" nan", "   -"),
               f"  compiling: {runs[0]['compile_seconds']:.0f} s more" if runs[0]["compile_seconds"] is not None else "")
     print("±: standard deviation over the seeds; difference: to nanochat, above 0 is worse\n")
-    return {name: {key: None if value != value else value for key, value in row.items()} for name, row in rows.items()}
+    return {name: {key: None if value != value else round(value, 6) if isinstance(value, float) else value
+                   for key, value in row.items()} for name, row in rows.items()}
 
 
 def verdict(best: dict[str, list[dict]], rows: dict[str, dict], name: str) -> str:
@@ -297,14 +302,14 @@ def verdict(best: dict[str, list[dict]], rows: dict[str, dict], name: str) -> st
                     for who in (OURS, name))
     words = "was enough" if rows[OURS]["bits_per_byte"] <= rows[name]["bits_per_byte"] else "was NOT enough"
     line = f"half the time {words}: " + ", ".join(
-        f"{who} {rows[who]['bits_per_byte']:.4f} after {rows[who]['seconds']:.0f} s" for who in (OURS, name))
+        f"{who} {rows[who]['bits_per_byte']:.4f} after {rows[who]['seconds']:.3g} s" for who in (OURS, name))
     # Where our curve passes the end of theirs. A run planned for so few seconds would have been there
     # sooner: its rate would have fallen to zero by then.
     seconds, goal = theirs[-1]
     for (t0, b0), (t1, b1) in zip([ours[0], *ours], ours):
         if b1 <= goal:
             t = t1 if b0 == b1 else t0 + (t1 - t0) * (b0 - goal) / (b0 - b1)
-            return line + f"; nanochat was there after {t:.0f} s, {seconds / t:.1f} times as fast"
+            return line + f"; nanochat was there after {t:.3g} s, {seconds / t:.1f} times as fast"
     return line
 
 
@@ -315,9 +320,10 @@ def draw(S: float, device: torch.device, best: dict[str, list[dict]], rows: dict
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), dpi=120, layout="constrained")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "frameon": False}  # legends, where no line passes
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.8), dpi=120, layout="constrained")
     for name, look in {THEIRS: "-#70767f", KEPT: ":#70767f", OURS: "-#1f5fa8"}.items():
-        label = f"{name}: {rows[name]['bits_per_byte']:.3f} after {rows[name]['seconds']:.0f} s" if name in rows else None
+        label = f"{name}: {rows[name]['bits_per_byte']:.3f} after {rows[name]['seconds']:.3g} s" if name in rows else None
         for one in best.get(name, []):
             left.plot(*zip(*one["curve"]), look[0], color=look[1:], marker="o", markersize=3, linewidth=1.3, label=label)
             label = None  # one line of the legend for all its seeds
@@ -326,14 +332,14 @@ def draw(S: float, device: torch.device, best: dict[str, list[dict]], rows: dict
     left.set_xlim(left=0)
     left.grid(alpha=0.3)
     if left.lines:
-        left.legend(title="bits per byte at the end, mean of the seeds")
+        left.legend(title="bits per byte at the end, mean of the seeds", **below)
     parts = {name: row["difference"] for name, row in rows.items() if name not in (THEIRS, KEPT, OURS) and OURS in rows}
     parts = dict(sorted(parts.items(), key=lambda part: part[1]))
     right.bar_label(right.barh(list(parts), list(parts.values()), color="#b9bec6"), fmt="{:+.3f}", padding=4)
     right.axvline(0, color="#1f5fa8", linewidth=1.3)
     if OURS in rows and (spread := rows[OURS]["spread"]):
-        right.axvspan(-spread, spread, color="#1f5fa8", alpha=0.15, lw=0, label="nanochat: standard deviation over seeds")
-        right.legend(loc="lower right")
+        right.axvspan(-spread, spread, color="#1f5fa8", alpha=0.15, lw=0, label="nanochat: ± standard deviation over its seeds")
+        right.legend(**below)
     right.margins(x=0.15)
     right.set(title=f"nanochat with one part changed, {S / 2:g} s each",
               xlabel="bits per byte more than nanochat as it is; to the right is worse")

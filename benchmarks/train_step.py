@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import record  # noqa: E402
 
-from nanochat import rehearsal, runtime, training  # noqa: E402
+from nanochat import rehearsal, runtime  # noqa: E402
 from nanochat.model import GPT, Batch, GPTConfig, forward_flops_per_token  # noqa: E402
 from nanochat.runtime import clock  # noqa: E402
 
@@ -165,7 +165,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     for name, p in model.named_parameters():
         (matrices if ".h." in f".{name}" and p.dim() == 2 else others).append(p)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=RATE, betas=training.ADAM_BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), fused=True)
 
 
 def label(name: str) -> str:

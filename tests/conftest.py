@@ -3,6 +3,7 @@
 import os
 import runpy
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), os.environ.get("PYTHON
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would the tests
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
+from nanochat import runtime  # noqa: E402
 from nanochat.model import GPT, GPTConfig  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402
+
+product_speed = runtime.product_speed
+runtime.product_speed = cache(lambda device, dtype, size=256: product_speed(device, dtype, size))  # of 2048 it takes seconds
 
 TEXT = """A small river runs past the mill. The miller's daughter counts the boats: one, two, three, and
 by noon she has counted forty. 小河流过磨坊，磨坊主的女儿数着船。 "Where do they go?" she asks. 他们去海边。🙂

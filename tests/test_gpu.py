@@ -86,7 +86,7 @@ def train_tiny(cwd: Path, *flags) -> subprocess.CompletedProcess:
                           encoding="utf-8")
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"]])
+@pytest.mark.parametrize("flags", [[], ["--compile", "yes"], ["--dtype", "float16"], ["--recompute"]])
 def test_a_resumed_run_ends_where_the_whole_one_does(flags, tmp_path):
     flags = [*flags, "--max-steps", "8", "--save-every", "4", "--eval-every", "8", "--dropout", "0.1"]
     whole = train_tiny(tmp_path, *flags)
@@ -116,6 +116,6 @@ def test_the_allocator_of_the_gpu_running_out_is_one_line_with_a_pair():
         optimizer = build_optimizer(gpt, TrainConfig())
         tokens = torch.zeros(512, 512, dtype=torch.int64, device=CUDA)
         with pytest.raises(InputError, match=r"does not fit the memory of cuda.*--batch-size \d+ --accumulate \d+ fits"):
-            rehearsal.rehearse(gpt, optimizer, Batch(tokens, tokens), 1, torch.float32, compiling=False, seconds=1)
+            rehearsal.rehearse(gpt, optimizer, Batch(tokens, tokens), 1, torch.float32, "no", 1, lambda seconds: 0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -25,14 +25,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def determinism_ends_with_the_test():
+def what_is_compiled_ends_with_the_test():
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
 
 
-def rehearse(model, optimizer, dtype=torch.float32, compiling=False, batch_size=2, accumulate=1):
+def rehearse(model, optimizer, dtype=torch.float32, compiling="no", batch_size=2, micro_steps=1, minutes=0.0):
     batch = RandomExamples([9] * batch_size).batch(range(batch_size))
-    return rehearsal.rehearse(model, optimizer, batch, accumulate, dtype, compiling, seconds=0.05)
+    return rehearsal.rehearse(model, optimizer, batch, micro_steps, dtype, compiling, 0.05, lambda seconds: 60 * minutes)
 
 
 # ------------------------------------------------------------------ nothing changes
@@ -75,7 +75,7 @@ def test_the_time_of_a_step_counts_its_micro_steps_and_not_the_first(tokenizer, 
     times = iter([(100.0, 100.0), (3.0, 1.0), (5.0, 1.0), (4.0, 1.0)] + 20 * [(4.0, 1.0)])
     monkeypatch.setattr(rehearsal, "one_round", lambda *_: next(times))
     model = tiny(tokenizer)
-    assert rehearse(model, build_optimizer(model, TrainConfig()), accumulate=8)[1] == 8 * 4 + 1
+    assert rehearse(model, build_optimizer(model, TrainConfig()), micro_steps=8)[1] == 8 * 4 + 1
 
 
 # ------------------------------------------------------------------ compiler
@@ -126,7 +126,7 @@ def test_a_compiled_network_that_fails_leaves_no_gradient_and_no_draw(tokenizer,
     model = tiny(tokenizer, dropout=0.2)
     built, random_state = build_optimizer(model, TrainConfig()), torch.get_rng_state()
     before = model.wte.weight.detach().clone()
-    network, _ = rehearse(model, built, compiling=True)
+    network, _ = rehearse(model, built, compiling="yes")
     assert network is model and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state) and torch.equal(model.wte.weight, before)
 
@@ -142,7 +142,7 @@ def test_without_a_c_compiler_the_scripts_train_eagerly(name, tokenizer, tmp_pat
         "--data", samples / "dialogues.jsonl", "--val-data", samples / "dialogues.jsonl"]
     env = {"CXX": "/nonexistent", "CC": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, ROOT / name, *data, "--init", "base", "--block-size", "64", "--max-steps", "3",
-                           "--batch-size", "2", "--compile", "--out", "out"],
+                           "--batch-size", "2", "--compile", "yes", "--out", "out"],
                           cwd=tmp_path, capture_output=True, encoding="utf-8", env=os.environ | env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: --compile does not work here") == 1 and "Traceback" not in done.stderr
