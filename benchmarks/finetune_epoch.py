@@ -4,7 +4,8 @@
     python benchmarks/finetune_epoch.py          all variants, each rate, one seed; --limit 400 for a quick look
 
 nanochat packed, padded    training.train, as finetune.py calls it: several windows of conversations in a row, or one
-trl padded, packed         SFTTrainer on {"messages"} with assistant_only_loss and our chat template; packed is its "bfd"
+trl padded, packed         SFTTrainer on {"messages"} with assistant_only_loss and our chat template; packed is its
+                           "bfd", split its "bfd_split"
 trl … windows              the same trainer, given our windows as input_ids and labels: the same text to learn from
 trl …, kept memory         with the allocator's setting that nanochat has (runtime.keep_freed_memory; CPU)
 
@@ -13,9 +14,10 @@ without decay, linear warm-up and decay to zero, clipping at 1.0, the same preci
 evaluations or saves. (nanochat packed muon: finetune.py's optimizer and decay.) Each run is a process of its own.
 
 From {"messages"} trl cuts off what is beyond max_length, unless it is to split ("bfd_split", wherever the
-length falls); "supervised" counts the labels that a run really had. "seconds" are those of the steps; "with set-up" is the whole call of train() or trainer.train(), with our rehearsal and any
-compiling. The rate with the best validation loss is reported, and run with the other --seeds; losses
-are evaluate.score of the final weights, fp32, on the same rows for all.
+length falls); "supervised" counts the labels that a run really had. "seconds" are those of the steps;
+"with set-up" is the whole call of train() or trainer.train(), with our rehearsal and any compiling. The
+rate with the best validation loss is reported, and run with the other --seeds; losses are
+evaluate.score of the final weights, fp32, on the same rows for all.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import record  # noqa: E402
+
 from data import find  # noqa: E402
 from nanochat import InputError, checkpoint, dialogue, evaluate, runtime, training  # noqa: E402
 from nanochat.dialogue import Conversation, DialogueRows  # noqa: E402
@@ -131,7 +134,8 @@ def show(args: argparse.Namespace, device: torch.device, found: dict, best: dict
     width = max(map(len, summary))
     print(" " * width + "".join(f"{head:>13}" for head in heads))
     for variant, figures in summary.items():
-        print(f"{variant:<{width}}{figures['learning_rate']:>13g}" + "".join(f"{figures[key]:>13{form}}" for key, form in names.items()))
+        cells = "".join(f"{figures[key]:>13{form}}" for key, form in names.items())
+        print(f"{variant:<{width}}{figures['learning_rate']:>13g}{cells}")
     from importlib.metadata import version
 
     record.save("finetune_epoch", device, {
@@ -163,7 +167,8 @@ def run(variant: str, rate: float, seed: int, start: Path, args: argparse.Namesp
 
     def loss(split: list[Conversation]) -> float:
         rows = DialogueRows.build(split, tokenizer, args.block_size)
-        return evaluate.score(model, tokenizer, rows.batches(args.batch_size), total=math.ceil(len(rows) / args.batch_size))["loss"]
+        total = math.ceil(len(rows) / args.batch_size)
+        return evaluate.score(model, tokenizer, rows.batches(args.batch_size), total=total)["loss"]
 
     speed = {"supervised_per_second": figures["supervised"] / figures["seconds"]}
     return figures | speed | {"val_loss": loss(val_split), "test_loss": loss(test_split)}
@@ -222,10 +227,12 @@ def trl(variant: str, rate: float, seed: int, start: Path, conversations: list[C
             callbacks=[clock],
             args=SFTConfig(
                 output_dir=out, num_train_epochs=1, per_device_train_batch_size=args.batch_size, max_length=args.block_size,
-                packing="packed" in variant, packing_strategy="bfd_split" if "split" in variant else "bfd", assistant_only_loss=not windows,
+                packing="packed" in variant, packing_strategy="bfd_split" if "split" in variant else "bfd",
+                assistant_only_loss=not windows,
                 learning_rate=rate, lr_scheduler_type="linear", warmup_steps=args.warmup_steps, max_grad_norm=1.0,
                 optim="adamw_torch_fused", weight_decay=0.0, adam_beta1=0.9, adam_beta2=TrainConfig.beta2,
-                activation_checkpointing=False, gradient_checkpointing=None, use_cpu=device.type == "cpu", **{"bf16": False} | DTYPES[args.dtype],
+                activation_checkpointing=False, gradient_checkpointing=None,  # two names of one thing, on by default
+                use_cpu=device.type == "cpu", **{"bf16": False} | DTYPES[args.dtype],
                 save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", seed=seed,
             ),
         )
@@ -237,7 +244,8 @@ def trl(variant: str, rate: float, seed: int, start: Path, conversations: list[C
     state = {name: w.detach().float().cpu() for name, w in trainer.model.state_dict().items()}
     source = checkpoint.read_config(start / "config.json")
     model = checkpoint.build(source, checkpoint.to_our_layout(state, conv1d=True, path=start), start).to(device)
-    return model, {"steps": trainer.state.global_step, "seconds": clock.seconds, "seconds_with_set_up": whole, "supervised": supervised}
+    return model, {"steps": trainer.state.global_step, "seconds": clock.seconds, "seconds_with_set_up": whole,
+                   "supervised": supervised}
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def compare_memory(args: argparse.Namespace, device: torch.device) -> None:
         for name, r in results.items()])
     record.save(f"memory-{args.shape}", device, {
         "shape": args.shape, "batch_size": args.batch_size, "tokens": args.tokens, "base": label(base), "variants": results})
-    record.bars(f"memory-{args.shape}", device, f"Peak memory of a training step, {args.shape}, {args.batch_size} x {args.tokens} tokens",
-                "GB", {name: r["gb"] for name, r in results.items()})
+    title = f"Peak memory of a training step, {args.shape}, {args.batch_size} x {args.tokens} tokens"
+    record.bars(f"memory-{args.shape}", device, title, "GB", {name: r["gb"] for name, r in results.items()})
 
 
 def peak_memory(name: str, config: GPTConfig, batch_size: int, device: torch.device) -> dict[str, float]:

@@ -15,8 +15,8 @@ import torch
 from test_training import RandomExamples, run, tiny
 from torch._dynamo.testing import CompileCounter
 
-from nanochat import InputError, rehearsal, runs, runtime, training
-from nanochat.model import GPT, GPTConfig
+from nanochat import InputError, checkpoint, rehearsal, runs, runtime, training
+from nanochat.model import GPT, Batch, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import TrainConfig, build_optimizer
 
@@ -97,17 +97,93 @@ def test_a_compiler_that_does_not_work_costs_one_warning(broken, tokenizer, tmp_
     assert state["conditions"]["compiled"] is False
 
 
-def test_a_compiled_network_is_compiled_for_the_length_of_rows_only(tokenizer, tmp_path, monkeypatch):
-    """Each dialogue has its own number of tokens to learn from. A kernel set for each would take minutes;
-    and beyond the compiler's limit the rest would run uncompiled: other rest, other rounding, after --resume."""
+def counting(monkeypatch) -> CompileCounter:
+    """From now on torch.compile counts its graphs, forward ones, and runs them as they are."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    frames = []
+    return counter
+
+
+def test_one_graph_serves_all_layers_and_two_any_number_of_supervised_tokens(tokenizer, tmp_path, monkeypatch):
+    """Each dialogue has its own number of tokens to learn from. A kernel set for each would take minutes;
+    and beyond the compiler's limit the rest would run uncompiled: other rest, other rounding, after --resume."""
+    counter, frames = counting(monkeypatch), []
     monkeypatch.setattr(training, "stop_if_not_finite", lambda *_: frames.append(counter.frame_count))
-    run(tiny(tokenizer), RandomExamples(list(range(3, 13))), tmp_path, tokenizer, batch_size=1, max_steps=10, compile="yes")
+    run(tiny(tokenizer, n_layer=3), RandomExamples(list(range(3, 13))), tmp_path, tokenizer, batch_size=1, max_steps=10, compile="yes")
     state = torch.load(tmp_path / "last" / "resume" / "state.pt", weights_only=True)
     assert state["conditions"]["compiled"] is True
-    assert frames[0] > 0 and set(frames) == {frames[0]}
+    assert set(frames) == {1 + 2}
+
+
+def test_only_rows_of_another_length_and_none_or_one_supervised_token_have_graphs_of_their_own(tokenizer, monkeypatch):
+    counter, model = counting(monkeypatch), tiny(tokenizer, n_layer=3).train()
+
+    def batch(tokens: int, supervised: int) -> Batch:
+        inputs, targets, _ = RandomExamples([supervised]).batch([0])
+        return Batch(inputs[:, :tokens].contiguous(), targets[:, :tokens].contiguous())
+
+    network = rehearsal.compiled(model, build_optimizer(model, TrainConfig()), batch(16, 9), torch.float32)
+    assert network is not model and counter.frame_count == 1 + 1
+    for tokens, supervised, graphs in [
+        (16, 7, 3), (16, 16, 3), (16, 2, 3), (12, 5, 4), (16, 9, 4), (12, 11, 4), (8, 3, 5), (16, 0, 6), (16, 1, 7), (8, 1, 7), (12, 0, 7),
+    ]:
+        network(*batch(tokens, supervised)).backward()
+        assert counter.frame_count == graphs, (tokens, supervised)
+
+
+def test_auto_does_not_try_the_compiler_in_a_short_run(tokenizer, monkeypatch):
+    tried = []
+    monkeypatch.setattr(rehearsal, "compiled", lambda model, *_: tried.append(model) or model)
+    model = tiny(tokenizer)
+    for minutes, tries in [(0.1, 0), (9.9, 0), (10.1, 1)]:
+        assert rehearse(model, build_optimizer(model, TrainConfig()), compiling="auto", minutes=minutes)[0] is model
+        assert len(tried) == tries, minutes
+
+
+@pytest.mark.parametrize("share, taken", [(0.5, True), (0.96, True), (0.98, False), (1.5, False)])
+def test_auto_takes_the_compiled_network_where_its_steps_are_faster(share, taken, tokenizer, monkeypatch):
+    """By three percent at least, which the clock can tell."""
+    model, candidate = tiny(tokenizer), tiny(tokenizer)
+    monkeypatch.setattr(rehearsal, "compiled", lambda *_: candidate)
+    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: 2.0 if network is model else 2.0 * share)
+    chosen = rehearse(model, build_optimizer(model, TrainConfig()), compiling="auto", minutes=60)
+    assert chosen == ((candidate, 2.0 * share) if taken else (model, 2.0))
+
+
+def test_yes_takes_the_compiled_network_untimed_against_the_other_and_no_never_tries(tokenizer, monkeypatch):
+    model, candidate = tiny(tokenizer), tiny(tokenizer)
+    timed = []
+    monkeypatch.setattr(rehearsal, "compiled", lambda *_: candidate)
+    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: timed.append(network) or 2.0)
+    assert rehearse(model, build_optimizer(model, TrainConfig()), compiling="yes") == (candidate, 2.0)
+    assert rehearse(model, build_optimizer(model, TrainConfig()), compiling="no", minutes=60) == (model, 2.0)
+    assert timed == [candidate, model]
+
+
+@pytest.mark.parametrize("compile_flag", ["auto", "yes"])
+@pytest.mark.parametrize("began_compiled", [True, False])
+def test_a_resumed_run_is_compiled_if_it_began_so(began_compiled, compile_flag, tokenizer, tmp_path, monkeypatch):
+    """Whatever is faster now, and whether or not the compiler works now as it did then."""
+    data, settings = RandomExamples([9, 4, 7, 12]), dict(save_every=2, compile=compile_flag)
+
+    def go(compiler_pays: bool, **state):
+        with monkeypatch.context() as machine:
+            counter = counting(machine)
+            machine.setattr(rehearsal, "WORTH_A_TRIAL", 0)
+            machine.setattr(rehearsal, "time_steps", lambda network, **_: 1.0 if ("layer" in vars(network)) == compiler_pays else 2.0)
+            if compile_flag == "yes" and not compiler_pays and not state:
+                machine.setattr(torch, "compile", raising)
+            model = tiny(tokenizer, dropout=0.1) if not state else checkpoint.load(tmp_path / "last")[0]
+            _, records = run(model, data, tmp_path, tokenizer, **settings, **state)
+            return [record["loss"] for record in records], counter.frame_count > 0
+
+    losses, _ = go(began_compiled)
+    shutil.rmtree(tmp_path / "step-000004")
+    _, state = runs.open_run(tmp_path, resume=True, overwrite=False)
+    assert state["conditions"]["compiled"] is began_compiled
+    again, compiled = go(not began_compiled, resume=state)
+    assert again == losses and compiled is began_compiled
+    assert runs.read_resume(tmp_path / "step-000004")["conditions"]["compiled"] is began_compiled
 
 
 def test_a_compiled_network_that_fails_leaves_no_gradient_and_no_draw(tokenizer, monkeypatch):

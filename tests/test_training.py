@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import product_speed
 
-from nanochat import InputError, checkpoint, runs, training
-from nanochat.model import GPT, IGNORED, Batch, GPTConfig
+from nanochat import InputError, checkpoint, runs, runtime, training
+from nanochat.model import GPT, IGNORED, Batch, GPTConfig, forward_flops_per_token
 from nanochat.runtime import MetricsLog
 from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
 
@@ -470,6 +471,24 @@ def test_metrics_and_picture_are_written(tokenizer, tmp_path):
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "seconds"} <= records[0].keys()
     assert [r["step"] for r in records if "val_loss" in r] == [2, 4]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mfu_is_the_share_of_the_peak_that_three_forward_passes_a_token_take(tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtime, "product_speed", lambda *args: asked.append(args) or 2.5e9)
+    model = tiny(tokenizer, block_size=40)
+    _, records = run(model, RandomExamples([9] * 4), tmp_path, tokenizer, dtype=torch.bfloat16, accumulate=2)
+    assert asked == [(CPU, torch.bfloat16)]
+    flops = 3 * forward_flops_per_token(model.config, BLOCK)  # of the rows, not of the longest that the model takes
+    assert flops < 3 * forward_flops_per_token(model.config)
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / 2.5e9, rel=1e-9)
+
+
+def test_the_speed_of_products_is_their_operations_over_the_median_time(monkeypatch):
+    times = iter([0, 9, 0, 2, 0, 2, 0, 2, 0, 1, 0, 1, 0, 50])
+    monkeypatch.setattr(runtime, "clock", lambda device: next(times))
+    assert product_speed(CPU, torch.float32, 64) == 2 * 64**3 / 2
 
 
 def test_progress_is_saved_as_it_is(tokenizer, tmp_path):
