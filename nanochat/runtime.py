@@ -126,7 +126,7 @@ def bf16_speedup() -> float:
 
 def product_speed(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a product of two matrices of size × size, in well under a second: the peak that MFU is a share of."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    size = size or (8192 if device.type == "cuda" else 1024)
     x = torch.ones(size, size, dtype=dtype, device=device)
     torch.nn.functional.linear(x, x)  # the first call sets up the kernel
     runs = []
@@ -281,7 +281,7 @@ def signals_wait() -> Iterator[None]:
         _received.append(number)
         put_back()
         with suppress(OSError):  # the same Ctrl-C may have ended the reader of a pipe
-            os.write(2, b"\nfinishing this step, then saving; once more ends it at once\n")
+            os.write(2, b"" if rank() else b"\nfinishing this step, then saving; once more ends it at once\n")
 
     _received.clear()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
@@ -315,6 +315,7 @@ def run_as_script(main: Callable[[], None]) -> None:
             sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
+            leave(0)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
         sys.exit(128 + 13)
@@ -323,7 +324,7 @@ def run_as_script(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(say(f"error: {f'{error.filename}: {error.strerror}' if error.filename is not None else error}", 2))
     except Stopped as stop:
-        sys.exit(say(f"stopped: {stop}", 128 + stop.number))
+        sys.exit(say("" if rank() else f"stopped: {stop}", 128 + stop.number))
     except KeyboardInterrupt:
         sys.exit(say("\ninterrupted", 130))
     except Exception as error:
@@ -336,8 +337,22 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 
 def say(line: str, code: int) -> int:
-    print(f"rank {rank()}: {line}" if rank() else line, file=sys.__stderr__ if rank() else sys.stderr)
+    """Print the line; → the code. What all processes meet rank 0 alone says: torchrun ends the others meanwhile."""
+    if not rank():
+        print(line, file=sys.stderr)
+    elif line:
+        time.sleep(2)
+        print(f"rank {rank()}: {line}", file=sys.__stderr__)
+    if dist.is_initialized():
+        leave(code)
     return code
+
+
+def leave(code: int) -> None:
+    """End one of several processes without Python's own end, in which gloo's threads may abort (pytorch issue 179291)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -82,7 +82,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
 
-            step_loss = torch.zeros((), device=device)
+            step_loss = 0.0
             for batch in batches:
                 network.require_backward_grad_sync = batch is batches[-1]  # DDP adds up over the processes once a step
                 with autocast(device, dtype):
@@ -478,8 +478,12 @@ def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) ->
                 part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"][runtime.rank() % len(state["rng"])], model.wte.weight.device)
-    return Progress(**state["progress"]), state["record"]
+    rank, progress = runtime.rank(), Progress(**state["progress"])
+    if rank < len(state["rng"]):
+        set_rng_state(state["rng"][rank], model.wte.weight.device)
+    else:  # this process was not there
+        torch.manual_seed(1_000_003 * progress.step + rank)
+    return progress, state["record"]
 
 
 def take_up(saved: dict, device: torch.device, texts: str) -> None:
@@ -514,6 +518,8 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
     now = parse(default=began)
+    if now.training.accumulate % runtime.world_size():
+        raise InputError(f"--resume: --accumulate {now.training.accumulate} cannot be shared by {runtime.world_size()} processes")
     before, after = (asdict(s) | asdict(s)["training"] for s in (began, now))
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
                for name in after if name not in FREE | {"training"} and after[name] != before[name]]

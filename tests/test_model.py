@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import InputError, model
 from nanochat.model import GPT, IGNORED, GPTConfig, forward_flops_per_token
+from nanochat.runtime import autocast
 
 
 @pytest.fixture(params=["fused", "formula"])
@@ -139,6 +141,45 @@ def test_no_supervised_target_is_a_zero_loss_with_zero_gradients(make_model):
     loss.backward()
     assert loss.item() == 0
     assert all((p.grad == 0).all() for p in gpt.parameters())
+
+
+def gradients(gpt: GPT, recompute: bool, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[list[torch.Tensor], int]:
+    """→ (the loss and the gradients of a training forward, the bytes that it keeps for its backward)."""
+    gpt.recompute, tokens, kept = recompute, torch.arange(40).view(2, 20) % 97, {}
+    gpt.train().zero_grad()
+    torch.manual_seed(seed)
+    with saved_tensors_hooks(lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+        with autocast(tokens.device, dtype):
+            loss = gpt(tokens, tokens, tokens // 13)
+        size = sum(kept.values())
+        loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())], size
+
+
+@pytest.mark.parametrize("weights, dtype", [(torch.float64, torch.float32), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(weights, dtype, dropout, make_model):
+    """Dropout draws the same masks again; another draw would show."""
+    gpt = make_model(weights, n_layer=4, dropout=dropout, attention_dropout=dropout)
+    expected, _ = gradients(gpt, False, dtype)
+    again, _ = gradients(gpt, True, dtype)
+    assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+    assert torch.equal(expected[0], gradients(gpt, True, dtype, seed=2)[0][0]) is (dropout == 0)
+
+
+def test_recomputing_keeps_little_more_than_the_input_of_each_block(make_model):
+    sizes = {layers: [gradients(make_model(n_layer=layers), recompute)[1] for recompute in (False, True)] for layers in (1, 5)}
+    kept, kept_less = ((long - short) / 4 for short, long in zip(*sizes.values()))  # a block
+    weights = sum(p.numel() for p in model.Block(make_model().config).parameters()) * 8
+    assert kept_less == 2 * 20 * 36 * 8  # its input, in float64
+    assert kept > 10 * kept_less + weights / 2
+
+
+def test_evaluating_recomputes_nothing(make_model, monkeypatch):
+    gpt = make_model()
+    gpt.recompute = True
+    monkeypatch.setattr(model, "checkpoint", None)
+    gpt(tokens_of(gpt))
 
 
 def test_segments_are_separate_texts(make_model, attention_path):

@@ -207,6 +207,19 @@ def test_a_compiled_network_that_fails_leaves_no_gradient_and_no_draw(tokenizer,
     assert torch.equal(torch.get_rng_state(), random_state) and torch.equal(model.wte.weight, before)
 
 
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_recomputes_to_the_same_losses(compiler, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    losses = {}
+    for compiling, recompute in (("no", False), ("yes", False), ("yes", True)):
+        _, records = run(tiny(tokenizer), RandomExamples([9, 4, 16, 7]), tmp_path / f"{compiling}-{recompute}", tokenizer,
+                         max_steps=6, compile=compiling, recompute=recompute)
+        losses[compiling, recompute] = [record["loss"] for record in records]
+        torch._dynamo.reset()
+    for others in losses.values():
+        assert others == pytest.approx(losses["no", False], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train.py", "finetune.py"])
 def test_without_a_c_compiler_the_scripts_train_eagerly(name, tokenizer, tmp_path):

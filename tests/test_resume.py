@@ -369,6 +369,18 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(name, start, whole,
     assert_same_end(whole(name, optimizer), tmp_path / "copy")
 
 
+def test_steps_that_the_processes_of_now_cannot_share_are_refused(interrupted, start, monkeypatch):
+    """A micro-step for each process, as at a start, would be another step, and so another run."""
+    out = interrupted("train.py")
+    before = files_in(out)
+    for processes in (3, 4):  # it has two
+        monkeypatch.setattr(runtime, "world_size", lambda processes=processes: processes)
+        monkeypatch.setattr(runtime, "from_rank_0", lambda function: function())
+        with pytest.raises(InputError, match=f"--accumulate 2 cannot be shared by {processes} processes"):
+            start("train.py", "--resume", "--out", out)
+    assert files_in(out) == before
+
+
 def test_a_state_of_another_version_gets_one_line(interrupted, start):
     def without_conditions(state):
         del state["conditions"]

@@ -375,6 +375,22 @@ def test_minutes_do_not_lengthen_a_run_of_few_steps(tokenizer, tmp_path):
     assert progress.step == 5 and "val_loss" in records[-1]
 
 
+@pytest.mark.parametrize("processes, given, shared", [(1, 1, 1), (1, 3, 3), (2, 1, 2), (2, 2, 2), (2, 6, 6), (8, 3, 8), (8, 24, 24)])
+def test_a_step_has_a_micro_step_for_each_process(processes, given, shared, monkeypatch):
+    """And all the same number: else the others would wait. What has no length gets one."""
+    monkeypatch.setattr(runtime, "world_size", lambda: processes)
+    completed = TrainConfig(accumulate=given, learning_rate=0.5).completed(2.5)
+    assert completed == TrainConfig(accumulate=shared, learning_rate=0.5, max_minutes=2.5)
+    assert TrainConfig(accumulate=given, epochs=2).completed(2.5) == TrainConfig(accumulate=shared, epochs=2)
+
+
+@pytest.mark.parametrize("processes, given", [(2, 3), (4, 6), (8, 9)])
+def test_micro_steps_that_cannot_be_shared_evenly_are_refused(processes, given, monkeypatch):
+    monkeypatch.setattr(runtime, "world_size", lambda: processes)
+    with pytest.raises(InputError, match=f"--accumulate {given} cannot be shared by {processes} processes; take a multiple"):
+        TrainConfig(accumulate=given).completed(2.5)
+
+
 def test_a_run_without_a_length_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="--max-steps, --max-minutes or --epochs"):
         run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, max_steps=None)
@@ -498,6 +514,22 @@ def test_progress_is_saved_as_it_is(tokenizer, tmp_path):
     assert saved.evaluations_since_best == progress.evaluations_since_best - 1  # saved before its evaluation
     assert dataclasses.replace(saved, evaluations_since_best=progress.evaluations_since_best) == progress
     assert set(state["optimizer"]) == {name for name, _ in tiny(tokenizer).named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_no_bit_of_a_run(dtype, tokenizer, tmp_path, monkeypatch):
+    """With dropout, whose masks are drawn again; and the rehearsal recomputes too."""
+    seen, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, *batch: seen.append(self.recompute) or forward(self, *batch))
+    runs_of_both = []
+    for recompute in (False, True):
+        model = tiny(tokenizer, dropout=0.2)
+        _, records = run(model, RandomExamples([9] * 6), tmp_path / str(recompute), tokenizer, dtype=dtype, recompute=recompute)
+        runs_of_both.append((without_times(records), model.state_dict()))
+        assert set(seen) == {recompute}
+        seen.clear()
+    (records, weights), (others, other_weights) = runs_of_both
+    assert records == others and all(torch.equal(w, other_weights[name]) for name, w in weights.items())
 
 
 def test_training_on_a_pattern_learns_it(tokenizer, tmp_path):
