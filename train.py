@@ -32,7 +32,7 @@ class Settings:
     """Settings of a pre-training run; the defaults take minutes on a 2-core laptop."""
 
     preset: Literal["laptop", "gpu-hour", "gpt2"] = "laptop"
-    """what the settings are where you say nothing else: minutes on a laptop, an hour on one GPU, or GPT-2's 124 million"""
+    """what the settings are where you say nothing else: minutes on a laptop, an hour on one GPU, or GPT-2's 124 million; below are laptop's"""
     data: str = "wikipedia"
     """Wikipedia dump (.xml, .bz2, URL), text file or folder, .jsonl with "text", Hugging Face data set id, or a name in data/"""
     val_data: str | None = None
@@ -93,7 +93,8 @@ def main() -> None:
     device = runtime.pick_device(config.device)
     dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
 
-    sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(Settings, name)]
+    preset = PRESETS.get(settings.preset, Settings)
+    sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(preset, name)]
     if settings.init is not None and sizes:
         raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
     if settings.block_size < 8:

@@ -41,7 +41,7 @@ SHAPES = {  # the network, then rows and tokens of a step on a CPU and on a GPU
     "6x384": (dict(vocab_size=512, n_layer=6, n_head=6, n_embd=384), {"cpu": (16, 256), "cuda": (16, 256)}),
     "default": (dict(vocab_size=8192, n_layer=4, n_head=4, n_embd=256), {"cpu": (4, 256), "cuda": (4, 256)}),
 }
-VARIANTS = ["plain-fp32", "plain-bf16", "hf-fp32", "hf-fp32-compiled", "hf-bf16", "hf-bf16-compiled",
+VARIANTS = ["plain-fp32", "plain-bf16", "plain-bf16-compiled", "hf-fp32", "hf-fp32-compiled", "hf-bf16", "hf-bf16-compiled",
             "nanochat-fp32", "nanochat-fp32-compiled", "nanochat-bf16", "nanochat-bf16-compiled"]
 ON_CUDA = ["nanochat-fp16", "nanochat-fp16-compiled"]
 OF_MEMORY = ["hf-bf16", "hf-bf16-compiled", "nanochat-bf16", "nanochat-bf16-compiled", "nanochat-bf16-recompute"]
@@ -109,14 +109,14 @@ class Variants:
         network = model
         if compiling and family == "hf":
             network = torch.compile(model)
-        elif compiling:
+        elif compiling and family == "nanochat":
             network = rehearsal.compiled(model, optimizer, self.batch, dtype)
             if network is model:
                 raise SystemExit(f"{name}: it did not compile (above)")
             for group in optimizer.param_groups:
                 group["lr"] = RATE  # the trial step above took it away
         losses = {
-            "plain": lambda: all_at_once(model, inputs, targets),
+            "plain": partial(with_fused_attention, torch.compile(all_at_once) if compiling else all_at_once, model, inputs, targets),
             "hf": lambda: network(input_ids=inputs, labels=inputs, use_cache=False).loss,
             "nanochat": lambda: network(*self.batch) / targets.numel(),
         }
@@ -139,10 +139,14 @@ def one_step(loss_of, model, optimizer, scaler, device: torch.device, dtype: tor
 
 
 def all_at_once(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss as nanoGPT computes it."""
-    with patch("nanochat.model.attention", fused):
-        logits = model.head(model.features(inputs))
+    """The loss as nanoGPT computes it, while `fused` stands in for our attention."""
+    logits = model.head(model.features(inputs))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def with_fused_attention(loss_of: Callable, *arguments) -> torch.Tensor:
+    with patch("nanochat.model.attention", fused):
+        return loss_of(*arguments)
 
 
 def fused(q, k, v, mask, dropout, *more):

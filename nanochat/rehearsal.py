@@ -49,12 +49,12 @@ def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch
             step = timed(model)
         if compiling == "yes" or (compiling == "auto" and length(step) > WORTH_A_TRIAL):
             candidate = compiled(model, optimizer, batch, dtype)
-            seconds_compiled = timed(candidate) if candidate is not model or compiling == "yes" else math.inf
+            seconds_compiled = timed(candidate)  # also where it did not compile: all processes time together
             if seconds_compiled < 0.97 * step:
                 network, step = candidate, seconds_compiled
         if runtime.world_size() > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-            step = timed(network)
+            step = step * (1 - 1 / micro_steps) + timed(network, micro_steps=1)  # only the last micro-step waits for others
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -79,6 +79,7 @@ def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> GPT:
     """
     try:
         torch._dynamo.config.recompile_limit = 64  # lengths of rows; beyond it the rest would run uncompiled
+        torch._dynamo.config.optimize_ddp = False  # a block is small; it is the same graph with DDP and without
         network = copy.copy(model)  # another object with the same weights
         network.layer = torch.compile(model.layer, dynamic=False)
         network.chunk_nll = torch.compile(model.chunk_nll)
@@ -180,33 +181,36 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
     """Bytes of a training step on a CPU, as a function of the number of rows of `tokens` tokens.
 
     Weights, gradients and the optimizer's state are known. What a forward pass keeps for its
-    backward is counted in two short rows, and grows in proportion to the tokens; only the mask of
-    rows that hold several texts (`masked`) is T × T, fp32, one a layer. A backward holds about half
-    as much again, and its logits five times.
+    backward is counted in one row and in two; the mask of rows that hold several texts (`masked`)
+    comes on top, T × T, fp32, one a layer. A backward holds about half as much again, and its logits
+    five times. With recomputation one block at a time is kept as if there were none.
     """
     kept = {}
     device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
     random_state, mode = rng_state(device), model.training
     model.train()
-    for length in (max(1, tokens // 4), max(2, tokens // 2)):
+    recompute = model.recompute
+    for rows, model.recompute in [(1, recompute), (2, recompute), *([(2, False)] if recompute else [])]:
         storages: dict[int, int] = {}
 
         def note(x: torch.Tensor, storages=storages) -> torch.Tensor:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        row = torch.zeros(1, length, dtype=torch.int64, device=device)
+        batch = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
         with saved_tensors_hooks(note, lambda x: x), autocast(device, dtype):
-            loss = model(row, row)  # held until its tensors are counted
-        kept[length] = sum(size for key, size in storages.items() if key not in weights)
+            loss = model(batch, batch)  # held until its tensors are counted
+        kept[rows, model.recompute] = sum(size for key, size in storages.items() if key not in weights)
         del loss
     set_rng_state(random_state, device)
     model.train(mode)
-    (short, least), (long, most) = kept.items()
-    per_token = (most - least) / (long - short)
+    model.recompute = recompute
+    one, two = kept[1, recompute], kept[2, recompute]
+    a_block = (kept[2, False] - two) / 2 / model.config.n_layer if recompute else 0  # of one row
+    per_row = two - one + a_block
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
     chunk = 4 * model.config.vocab_size * LOSS_CHUNK  # fp32 logits
-    return lambda rows: (fixed + least - short * per_token + 1.5 * per_token * rows * tokens
+    return lambda rows: (fixed + 2 * one - two + 1.5 * per_row * rows
                          + 4 * masked * model.config.n_layer * rows * tokens**2 + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
 
 

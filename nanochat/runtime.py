@@ -36,9 +36,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def join_processes() -> None:
     """Meet the other processes that torchrun started, if it did; from here on only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo for what lies on the CPU, NCCL for GPUs. Rank 0 may prepare a corpus for hours while the others
-        # wait; if a process dies, it is torchrun that ends the others, not this limit.
-        dist.init_process_group(timeout=timedelta(days=2))
+        # gloo for what lies on the CPU, NCCL for gradients on GPUs. Rank 0 may prepare a corpus for hours while
+        # the others wait; if a process dies, it is torchrun that ends the others, not this limit.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=2))
         if rank():
             sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
@@ -92,6 +93,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and world_size() > 1:
+        raise InputError(f"--device {name}: under torchrun each process has its own GPU; leave it out")
     if name == "cuda" and world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -127,7 +130,7 @@ def bf16_speedup() -> float:
 def product_speed(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a product of two matrices of size × size, in well under a second: the peak that MFU is a share of."""
     size = size or (8192 if device.type == "cuda" else 1024)
-    x = torch.ones(size, size, dtype=dtype, device=device)
+    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     torch.nn.functional.linear(x, x)  # the first call sets up the kernel
     runs = []
     for _ in range(7):
@@ -326,7 +329,7 @@ def run_as_script(main: Callable[[], None]) -> None:
     except Stopped as stop:
         sys.exit(say("" if rank() else f"stopped: {stop}", 128 + stop.number))
     except KeyboardInterrupt:
-        sys.exit(say("\ninterrupted", 130))
+        sys.exit(say("" if rank() else "\ninterrupted", 130))
     except Exception as error:
         if rank() and "gloo" in str(error):  # the first error is the one to read
             sys.exit(say("lost the other processes", 1))
@@ -338,11 +341,10 @@ def run_as_script(main: Callable[[], None]) -> None:
 
 def say(line: str, code: int) -> int:
     """Print the line; → the code. What all processes meet rank 0 alone says: torchrun ends the others meanwhile."""
-    if not rank():
-        print(line, file=sys.stderr)
-    elif line:
+    if rank():
         time.sleep(2)
-        print(f"rank {rank()}: {line}", file=sys.__stderr__)
+    if line:
+        print(f"rank {rank()}: {line}" if rank() else line, file=sys.__stderr__ if rank() else sys.stderr)
     if dist.is_initialized():
         leave(code)
     return code

@@ -84,7 +84,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
             step_loss = 0.0
             for batch in batches:
-                network.require_backward_grad_sync = batch is batches[-1]  # DDP adds up over the processes once a step
+                network.require_backward_grad_sync = batch is batches[-1]  # DDP, if it is that, waits for others once a step
                 with autocast(device, dtype):
                     loss = network(*batch.to(device)) / max(supervised, 1)
                 scaler.scale(loss * world_size).backward()  # gradients add up over the micro-steps; DDP takes their mean
@@ -180,7 +180,7 @@ class TrainConfig:
     compile: Literal["auto", "yes", "no"] = "auto"
     """compile the blocks and the loss; auto: in runs of over ten minutes, if some steps are then faster"""
     recompute: bool = False
-    """keep only the input of each block for the backward pass: half the memory, a third more work (activation checkpointing)"""
+    """keep only the input of each block for the backward pass: less memory, a third more work (activation checkpointing)"""
     seed: int = 0
     """of the weights' start, the data order and dropout"""
 
@@ -207,13 +207,13 @@ class TrainConfig:
             raise InputError("; ".join(wrong))
 
     def completed(self, minutes: float) -> TrainConfig:
-        """These settings, with a length of `minutes` if they name none, and a micro-step for each process."""
-        processes = runtime.world_size()
-        accumulate = max(self.accumulate, processes)
-        if accumulate % processes:
-            raise InputError(f"--accumulate {accumulate} cannot be shared by {processes} processes; take a multiple")
-        endless = self.max_steps is self.max_minutes is self.epochs is None
-        return replace(self, accumulate=accumulate, max_minutes=minutes if endless else self.max_minutes)
+        """These settings, with a length of `minutes` if they name none; InputError if the processes cannot share a step."""
+        if self.accumulate % runtime.world_size():
+            raise InputError(f"--accumulate is {self.accumulate}, must be a multiple of {runtime.world_size()}, the number of "
+                             "processes, which share the micro-steps of a step")
+        if self.max_steps is self.max_minutes is self.epochs is None:
+            return replace(self, max_minutes=minutes)
+        return self
 
 
 class Examples(Protocol):
@@ -274,7 +274,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
         progress, record = restore(resume, model, optimizer, scaler)
     else:
         progress, record = Progress(steps_in(config, seconds, len(data))), {}
-        torch.manual_seed(config.seed + runtime.rank())  # each process drops others; all have the same weights by now
+        torch.manual_seed(1_000_003 * (config.seed + 1) + runtime.rank())  # for dropout: each process drops others
         runs.clear(out)
     conditions = {
         "settings": json.loads(json.dumps(settings, default=str)),
@@ -491,7 +491,8 @@ def take_up(saved: dict, device: torch.device, texts: str) -> None:
     if texts != saved["texts"]:
         raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "
                          "--init goes on with other data")
-    torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
+    if saved["processes"] == runtime.world_size():  # else it cannot be the same bit for bit
+        torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
     here = {"device": device.type, "threads": torch.get_num_threads(), "processes": runtime.world_size()}
     for name, value in here.items():
         there = saved[name].split(":")[0] if name == "device" else saved[name]
@@ -511,15 +512,14 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     that would make it another run.
     """
     try:  # flags stand at False here: a default of True would change their names
-        saved = resume["conditions"]["settings"]
+        saved, _ = (resume["conditions"][name] for name in ("settings", "processes"))
         plain = saved | {"out": settings.out, "resume": False, "overwrite": False}
         began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"recompute": False})})
     except (KeyError, TypeError) as error:
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
     now = parse(default=began)
-    if now.training.accumulate % runtime.world_size():
-        raise InputError(f"--resume: --accumulate {now.training.accumulate} cannot be shared by {runtime.world_size()} processes")
+    now.training.recompute |= saved["training"]["recompute"]
     before, after = (asdict(s) | asdict(s)["training"] for s in (began, now))
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
                for name in after if name not in FREE | {"training"} and after[name] != before[name]]

@@ -376,7 +376,7 @@ def test_steps_that_the_processes_of_now_cannot_share_are_refused(interrupted, s
     for processes in (3, 4):  # it has two
         monkeypatch.setattr(runtime, "world_size", lambda processes=processes: processes)
         monkeypatch.setattr(runtime, "from_rank_0", lambda function: function())
-        with pytest.raises(InputError, match=f"--accumulate 2 cannot be shared by {processes} processes"):
+        with pytest.raises(InputError, match=f"--accumulate is 2, must be a multiple of {processes}"):
             start("train.py", "--resume", "--out", out)
     assert files_in(out) == before
 
