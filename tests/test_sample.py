@@ -334,7 +334,7 @@ def type_in(name: str, flags: list[str], monkeypatch, capsys) -> tuple[int, str,
 def test_help_lists_every_setting_with_type_and_default(name, monkeypatch, capsys):
     code, out, err = type_in(name, ["--help"], monkeypatch, capsys)
     assert (code, err) == (0, "")
-    starts = re.split(r"\n│ (--[a-z-]+)", re.sub(r" *│\n│ {6,}", " ", out))  # flag, what follows it, flag, …
+    starts = re.split(r"\n│ (--[a-z0-9-]+)", re.sub(r" *│\n│ {6,}", " ", out))  # flag, what follows it, flag, …
     entries = dict(zip(starts[1::2], starts[2::2], strict=True))
     every = list(options(SCRIPTS[name].Settings()))
     assert set(entries) == {option.flag for option in every} and len(every) > 14

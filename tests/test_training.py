@@ -526,7 +526,7 @@ def test_recomputing_changes_no_bit_of_a_run(dtype, tokenizer, tmp_path, monkeyp
         model = tiny(tokenizer, dropout=0.2)
         _, records = run(model, RandomExamples([9] * 6), tmp_path / str(recompute), tokenizer, dtype=dtype, recompute=recompute)
         runs_of_both.append((without_times(records), model.state_dict()))
-        assert set(seen) == {recompute}
+        assert set(seen[-12:]) == {recompute}  # before, the estimate of memory compares both
         seen.clear()
     (records, weights), (others, other_weights) = runs_of_both
     assert records == others and all(torch.equal(w, other_weights[name]) for name, w in weights.items())
