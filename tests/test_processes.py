@@ -347,6 +347,7 @@ def test_so_does_any_signal_to_any_process(target, number, by, tmp_path):
     assert_saved_once_at_step_5(tmp_path, signalled(tmp_path, target, number, by))
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_and_only_one_prints_and_writes(stopped, tmp_path):
     shutil.copytree(stopped[0] / "out", tmp_path / "out", symlinks=True)
     done = torchrun(ROOT / "train.py", "--resume", "--out", "out/run", cwd=tmp_path)

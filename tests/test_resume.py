@@ -571,7 +571,7 @@ def signals_itself(numbers: list[int], at: str) -> str:
             "runtime.bf16_speedup = lambda: 9.0")
 
 
-@pytest.mark.parametrize("name, optimizer", [("train.py", "muon"), ("finetune.py", "adamw")])
+@pytest.mark.parametrize("name, optimizer", [("train.py", "muon"), pytest.param("finetune.py", "adamw", marks=pytest.mark.slow)])
 def test_a_process_that_sigkill_ended_resumes_to_the_same_end(name, optimizer, place, start, whole, tmp_path):
     """Two processes, against one run that was never stopped."""
     flags = flags_of(name, "--optimizer", optimizer, "--out", tmp_path / "cut")
