@@ -290,7 +290,7 @@ def test_train_killed_three_times_ends_where_the_uninterrupted_run_does(tmp_path
     logs, states = [], []
     for out in (tmp_path / "whole", cut):
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        logs.append([{key: value for key, value in record.items() if "second" not in key} for record in records])
+        logs.append([{key: value for key, value in record.items() if "second" not in key and key != "mfu"} for record in records])
         states.append(torch.load(out / "last" / "resume" / "state.pt", weights_only=True))
     assert logs[0] == logs[1] and [record["step"] for record in logs[0]] == list(range(1, 61))
     assert [record["step"] for record in logs[0] if "val_loss" in record] == [9, 18, 27, 36, 45, 54, 60]
