@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from data import find
-from nanochat import InputError, checkpoint, dialogue, evaluate, generate, runs, runtime, training
+from nanochat import InputError, checkpoint, dialogue, evaluate, generate, processes, runtime, training
 from nanochat.dialogue import DialogueRows
 from nanochat.generate import SampleConfig
 from nanochat.training import TrainConfig
@@ -51,18 +51,12 @@ def main() -> None:
     """Assemble a run, train, and try the best checkpoint on the test conversations."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
-    step, resume = runtime.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
-    if resume:
-        settings = training.settings_to_resume(settings, resume, parse)
-    config = settings.training = settings.training.completed(5)
-    torch.manual_seed(config.seed)
-    runtime.keep_freed_memory()
-    device = runtime.pick_device(config.device)
-    dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
+    settings, step, resume, device, dtype = training.open_run(settings, parse, minutes=5)
+    config = settings.training
 
-    conversations, problems = dialogue.read(runtime.from_rank_0(lambda: find(settings.data)))
+    conversations, problems = dialogue.read(processes.from_rank_0(lambda: find(settings.data)))
     if settings.val_data is not None:
-        held_out, more_problems = dialogue.read(runtime.from_rank_0(lambda: find(settings.val_data)))
+        held_out, more_problems = dialogue.read(processes.from_rank_0(lambda: find(settings.val_data)))
         problems += more_problems
         train_split, val_split, test_split = conversations, held_out, held_out
     else:
@@ -117,7 +111,7 @@ def main() -> None:
 
     model = checkpoint.load(settings.out)[0].to(device)  # the best
     after = score(test_rows, torch.float32)
-    if runtime.rank():  # the replies are few
+    if processes.rank():  # the replies are few
         return
     replies = evaluate.greedy_replies(model, tokenizer, test_split)
     for prompt, reply in list(zip(replies.prompts, replies.replies))[:5]:

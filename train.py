@@ -9,16 +9,14 @@
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from data import find
-from nanochat import InputError, checkpoint, corpus, evaluate, generate, runs, runtime, training
+from nanochat import InputError, checkpoint, corpus, evaluate, generate, processes, runtime, training
 from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -58,9 +56,7 @@ class Settings:
     dropout: float | None = None
     """of embeddings and residual branches; None: 0 from scratch, else as in the file"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
-        default_factory=lambda: TrainConfig(
-            batch_size=4, optimizer="muon", learning_rate=4e-3, warmup_steps=50
-        )
+        default_factory=lambda: TrainConfig(batch_size=8, optimizer="muon", learning_rate=4e-3, warmup_steps=20)
     )
 
 
@@ -84,14 +80,8 @@ def main() -> None:
     if settings.preset != "laptop":
         parse = partial(parse, default=PRESETS[settings.preset])
         settings = parse()
-    step, resume = runtime.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
-    if resume:
-        settings = training.settings_to_resume(settings, resume, parse)
-    config = settings.training = settings.training.completed(2.5)
-    torch.manual_seed(config.seed)
-    runtime.keep_freed_memory()
-    device = runtime.pick_device(config.device)
-    dtype = runtime.from_rank_0(lambda: runtime.pick_dtype(resume["conditions"]["dtype"] if resume else config.dtype, device))
+    settings, step, resume, device, dtype = training.open_run(settings, parse, minutes=2.5)
+    config = settings.training
 
     preset = PRESETS.get(settings.preset, Settings)
     sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(preset, name)]
@@ -101,7 +91,7 @@ def main() -> None:
         raise InputError(f"--block-size is {settings.block_size}, must be at least 8")
 
     # model, tokenizer and corpus: from a checkpoint, or all three from the text
-    source, val_source = runtime.from_rank_0(
+    source, val_source = processes.from_rank_0(
         lambda: [find(name) if name is not None else None for name in (settings.data, settings.val_data)])
     model = tokenizer = None
     block_size = settings.block_size
@@ -109,12 +99,8 @@ def main() -> None:
         model, tokenizer = checkpoint.load(step or settings.init)
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
-    # A folder for each text as it is now: another run may be reading the one of the text as it was.
-    texts = [corpus.fingerprint(text) for text in (source, val_source) if text is not None]
-    request = sha256(f"{texts} {tokenizer.hash if settings.init else settings.vocab_size}".encode("utf-8", "replace")).hexdigest()[:8]
-    name = f"{Path(source).name.split('.')[0]}-{request}"
-    folder = runtime.from_rank_0(
-        lambda: corpus.prepare(source, settings.out.parent / "corpus" / name, val_source=val_source, **given))
+    folder = corpus.folder_for(source, val_source, settings.out.parent / "corpus", **given)
+    processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
     if model is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}

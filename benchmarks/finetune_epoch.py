@@ -50,6 +50,7 @@ DTYPES = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}} 
 
 
 def main() -> None:
+    """Read the flags; compare the variants, or be the process of one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", default="out/pretrained", help="checkpoint to start from")
     parser.add_argument("--data", default="chitchat", help="conversations, as finetune.py takes them")
@@ -78,6 +79,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
+    """Every variant at every rate, and at its best rate with the other seeds."""
     if args.init == "out/pretrained" and not Path(args.init).exists():
         raise InputError("there is no out/pretrained: python train.py makes it, --init names another checkpoint")
     args.dtype = str(runtime.pick_dtype(args.dtype, device)).removeprefix("torch.")  # once, for all
@@ -95,6 +97,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         began = time.perf_counter()
 
         def measure(variant: str, rate: float, seed: int) -> None:
+            """One run, with a line on how many are left."""
             done = len(found)
             left = f", about {(time.perf_counter() - began) / done * (total - done) / 60:.0f} minutes left" if done else ""
             print(f"run {done + 1} of {total}{left}: {variant}, rate {rate:g}, seed {seed}", file=sys.stderr)
@@ -112,6 +115,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def in_a_process(variant: str, rate: float, seed: int, start: Path, args: argparse.Namespace) -> dict:
+    """The figures of a run, in a process of its own: an allocator cannot be set back."""
     flags = {name: getattr(args, name.replace("-", "_")) for name in
              ("data", "limit", "block-size", "batch-size", "warmup-steps", "dtype", "device")}
     given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
@@ -136,16 +140,13 @@ def show(args: argparse.Namespace, device: torch.device, found: dict, best: dict
     for variant, figures in summary.items():
         cells = "".join(f"{figures[key]:>13{form}}" for key, form in names.items())
         print(f"{variant:<{width}}{figures['learning_rate']:>13g}{cells}")
-    from importlib.metadata import version
-
     record.save("finetune_epoch", device, {
         "init": args.init, "data": args.data, "limit": args.limit, "block_size": args.block_size, "batch_size": args.batch_size,
         "dtype": args.dtype, "seeds": args.seeds, "learning_rates": args.learning_rates,
-        "versions": {name: version(name) for name in ("trl", "accelerate", "datasets")},
         "variants": summary,
         "runs": [{"variant": variant, "learning_rate": rate, "seed": seed} | figures
                  for (variant, rate, seed), figures in found.items()],
-    })
+    }, packages=("torch", "transformers", "trl", "accelerate", "datasets"))
     record.bars("finetune_epoch", device, f"Fine-tuning, one epoch of {args.data}, {args.batch_size} rows of {args.block_size}",
                 "supervised tokens per second", {name: f["supervised_per_second"] for name, f in summary.items()})
 

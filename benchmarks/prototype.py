@@ -24,6 +24,7 @@ from nanochat.tokenizer import Tokenizer  # noqa: E402
 
 
 def main() -> None:
+    """Train for --seconds, then score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="of training steps")
     parser.add_argument("--learning-rate", type=float, default=3e-3)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device, packages: Iterable[str]) -> dict:
     """Where and with what a figure was measured."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
@@ -31,7 +32,7 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {name: version(name) for name in packages},
         "command": " ".join(["python", *(str(Path(arg).resolve().relative_to(ROOT)) if i == 0 else arg for i, arg in enumerate(sys.argv))]),
     }
 
@@ -41,11 +42,11 @@ def place(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-")
 
 
-def save(name: str, device: torch.device, results: dict) -> Path:
-    """Write results, below where they were measured; → the path."""
+def save(name: str, device: torch.device, results: dict, packages: Iterable[str] = ("torch", "transformers")) -> Path:
+    """Write results, below where they were measured and with which versions; → the path."""
     path = ROOT / "benchmarks" / "results" / f"{name}-{place(device)}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(machine(device) | {"results": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(machine(device, packages) | {"results": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
 

@@ -27,16 +27,17 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import peers  # noqa: E402
 import record  # noqa: E402
 
 import nanochat.model  # noqa: E402
@@ -63,11 +64,12 @@ def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list
              "keep_memory": True, "dtype": dtype, "threads": torch.get_num_threads(),
              "seconds": args.seconds / 2, "points": POINTS}
     theirs = ours | {"package": "transformers", "keep_memory": False, "seconds": args.seconds}
-    batch, rate = 4 * args.batch_size, config.learning_rate
+    batch, rate = args.batch_size, config.learning_rate
     changes = {
         "tokenizer 16,384": {"vocab_size": 16384},
         "tokenizer 4,096": {"vocab_size": 4096},
-        f"batch {batch}": {"batch_size": batch},
+        f"batch {batch // 2}": {"batch_size": batch // 2},
+        f"batch {2 * batch}": {"batch_size": 2 * batch},
         "AdamW instead of Muon": {"optimizer": "adamw"},
         "cosine to 10 %, not linear to 0": {"schedule": "cosine"},
         "random crops": {"crops": "random"},
@@ -77,13 +79,14 @@ def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list
         changes["fp32"] = {"dtype": "float32"}
     if torch.device(args.device).type == "cpu":  # neither differs on a GPU
         changes |= {"fused attention kernel": {"attention": "fused"}, "allocator as it is": {"keep_memory": False}}
-    rates = {"AdamW instead of Muon": [1e-3, 3e-3], f"batch {batch}": [rate, 2 * rate]}
+    rates = {"AdamW instead of Muon": [1e-3, 3e-3], f"batch {2 * batch}": [rate, 1.5 * rate]}
     kept = {KEPT: (theirs | {"keep_memory": True}, [])} if torch.device(args.device).type == "cpu" else {}
     return {THEIRS: (theirs, args.rates), **kept, OURS: (ours, [rate]),
             **{name: (ours | {"points": 1} | change, rates.get(name, [rate])) for name, change in changes.items()}}
 
 
 def corpus_folder(job: dict) -> Path:
+    """Where the text is, as tokens: one folder a tokenizer."""
     return Path("out/corpus") / f"time-to-loss-{job['data']}-{job['vocab_size']}"
 
 
@@ -95,109 +98,118 @@ def measure(job: dict) -> dict:
     if job["keep_memory"]:
         runtime.keep_freed_memory()
     if job["attention"] == "fused":
-        nanochat.model.attention = lambda q, k, v, mask, *_: F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
-    device, dtype = torch.device(job["device"]), runtime.DTYPES[job["dtype"]]
-    folder, tokens, rows = corpus_folder(job), job["tokens"], job["batch_size"]
-    tokenizer = Tokenizer.load(folder)
-    train, val = (corpus.TokenStream(folder, split, tokenizer, tokens) for split in ("train", "val"))
-    shape = {name: job[name] for name in SHAPE}
-    config = replace(DEFAULTS.training, optimizer=job["optimizer"], learning_rate=job["learning_rate"])
-    ours = job["package"] == "nanochat"
-
+        nanochat.model.attention = peers.fused_attention
+    device, rows, tokens = torch.device(job["device"]), job["batch_size"], job["tokens"]
+    tokenizer = Tokenizer.load(corpus_folder(job))
+    train, val = (corpus.TokenStream(corpus_folder(job), split, tokenizer, tokens) for split in ("train", "val"))
     torch.manual_seed(job["seed"])
-    if ours:
-        model = GPT(GPTConfig(tokenizer.vocab_size, tokens, **shape)).to(device).train()
-        optimizer = training.build_optimizer(model, config)
-    else:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        shape_there = shape | {"vocab_size": tokenizer.vocab_size, "n_positions": tokens}
-        others = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        others |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
-        model = GPT2LMHeadModel(GPT2Config(**shape_there, **others)).to(device).train()
-        decays = {name: ".h." in name and p.dim() == 2 for name, p in model.named_parameters()}
-        groups = [{"params": [p for name, p in model.named_parameters() if decays[name] == decay], "peak_lr": config.learning_rate,
-                   "weight_decay": config.weight_decay * decay} for decay in (True, False)]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-
-    if job["crops"] == "random":  # from any token on
-        stream = torch.cat([train.batch([i]).inputs[0] for i in range(len(train))])
-        draw = torch.Generator().manual_seed(job["seed"])
-
-    def step(number: int, steps: int) -> None:
-        factor = training.learning_rate_factor(number, steps, config.warmup_steps)
-        if job["schedule"] == "cosine" and number >= config.warmup_steps:
-            factor = 0.55 + 0.45 * math.cos(math.pi * (number - config.warmup_steps) / (steps - config.warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        if job["crops"] == "random":
-            starts = torch.randint(len(stream) - tokens, (rows,), generator=draw).tolist()
-            crops = torch.stack([stream[s : s + tokens + 1] for s in starts]).to(device)
-            inputs, targets = crops[:, :-1], crops[:, 1:]
-        else:
-            inputs, targets, _ = train.batch(training.example_order(number * rows, rows, len(train), job["seed"])).to(device)
-        with runtime.autocast(device, dtype):
-            if ours:
-                loss = network(inputs, targets) / targets.numel()
-            else:  # shift_labels: the targets as they are, or it would learn from one fewer a row
-                loss = network(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        if ours:  # training.train looks at both in each step, for which a GPU waits
-            loss.item(), norm.item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    # The rehearsal: real steps, then everything put back as it was.
-    start = copy.deepcopy(model.state_dict())
-    clocks, network = [runtime.clock(device)], model
-    if job["compile"] and ours:
-        network = rehearsal.compiled(model, optimizer, train.batch(range(rows)).to(device), dtype)
-        assert network is not model, "the compiler does not work here"
-    elif job["compile"]:
-        network = torch.compile(model, dynamic=False)
-    for number in range(12):
-        step(number, 12)
-        clocks.append(runtime.clock(device))
-    usual = median(after - before for before, after in zip(clocks[2:], clocks[3:]))
-    compile_seconds = round(clocks[1] - clocks[0] - usual, 1) if job["compile"] else None
-    steps = max(1, int(job["seconds"] / usual))
-    model.load_state_dict(start)
-    for part in getattr(optimizer, "parts", [optimizer]):
-        part.state.clear()
-    if job["crops"] == "random":
-        draw.manual_seed(job["seed"])
-
-    def bits_per_byte(batches: int) -> float:
-        scored = model
-        if not ours:  # the same weights in our network, so that one function scores both
-            weights = {name: w.cpu() for name, w in model.state_dict().items()}
-            state = checkpoint.to_our_layout(weights, True, Path(THEIRS))
-            scored = checkpoint.build(GPTConfig(tokenizer.vocab_size, tokens, **shape), state, Path(THEIRS)).to(device)
-        score = evaluate.score(scored, tokenizer, islice(val.batches(rows), batches))["bits_per_byte"]
-        return round(score, 5) if math.isfinite(score) else 99.0  # a run that has diverged
+    model, optimizer = build(job, tokenizer.vocab_size)
+    network, step_seconds, compile_seconds = rehearse(job, model, optimizer, train)
+    steps = max(1, int(job["seconds"] / step_seconds))
 
     batches = math.ceil((val.tokens - 1) / (rows * tokens))
     some = min(batches, CURVE_TOKENS // (rows * tokens) + 1)
     points = {math.ceil(steps * k / job["points"]) for k in range(1, job["points"] + 1)}
     seconds, curve, started = 0.0, [], runtime.clock(device)
-    for number in range(steps):
-        step(number, steps)
+    for number, batch in enumerate(islice(crops(job, train), steps)):
+        take_step(job, network, model, optimizer, batch, rate_factor(job, number, steps))
         if number + 1 in points:
             seconds += runtime.clock(device) - started
-            curve.append([round(seconds, 2), bits_per_byte(some)])
+            curve.append([round(seconds, 2), bits_per_byte(model, tokenizer, islice(val.batches(rows), some))])
             started = runtime.clock(device)
     return {name: job[name] for name in ("variant", "seed", "learning_rate")} | {
         "seconds": round(seconds, 2), "steps": steps, "epochs": round(steps * rows / len(train), 2),
         "compile_seconds": compile_seconds, "curve": curve,
-        "bits_per_byte": curve[-1][1] if some == batches else bits_per_byte(batches), "job": job}
+        "bits_per_byte": curve[-1][1] if some == batches else bits_per_byte(model, tokenizer, val.batches(rows)), "job": job}
+
+
+def build(job: dict, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Optimizer | training.MuonAndAdamW]:
+    """The network and its optimizer."""
+    config = GPTConfig(vocab_size, job["tokens"], **{name: job[name] for name in SHAPE})
+    if job["package"] == "transformers":
+        model = peers.gpt2_of_hugging_face(config).to(job["device"]).train()
+        return model, peers.adamw(model, job["learning_rate"])
+    model = GPT(config).to(job["device"]).train()
+    settings = replace(DEFAULTS.training, optimizer=job["optimizer"], learning_rate=job["learning_rate"])
+    return model, training.build_optimizer(model, settings)
+
+
+def crops(job: dict, train: corpus.TokenStream) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The (inputs, targets) of each step, without end."""
+    rows, tokens = job["batch_size"], job["tokens"]
+    if job["crops"] == "once an epoch":
+        for position in count(0, rows):
+            yield train.batch(training.example_order(position, rows, len(train), job["seed"])).to(job["device"])[:2]
+    stream = torch.cat([train.batch([i]).inputs[0] for i in range(len(train))])
+    generator = torch.Generator().manual_seed(job["seed"])
+    while True:  # from any token on
+        starts = torch.randint(len(stream) - tokens, (rows,), generator=generator).tolist()
+        drawn = torch.stack([stream[s : s + tokens + 1] for s in starts]).to(job["device"])
+        yield drawn[:, :-1], drawn[:, 1:]
+
+
+def rate_factor(job: dict, number: int, steps: int) -> float:
+    """Share of the peak rate in step `number`: the loop's own schedule, or a cosine that ends at a tenth."""
+    warm_up = DEFAULTS.training.warmup_steps
+    if job["schedule"] == "linear" or number < warm_up:
+        return training.learning_rate_factor(number, steps, warm_up)
+    return 0.55 + 0.45 * math.cos(math.pi * (number - warm_up) / (steps - warm_up))
+
+
+def take_step(job: dict, network, model, optimizer, batch: tuple[torch.Tensor, torch.Tensor], factor: float) -> None:
+    """One step of training; `network` is the model, or the same weights compiled."""
+    inputs, targets = batch
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    with runtime.autocast(inputs.device, runtime.DTYPES[job["dtype"]]):
+        if job["package"] == "nanochat":
+            loss = network(inputs, targets) / targets.numel()
+        else:  # shift_labels: the targets as they are, or it would learn from one fewer a row
+            loss = network(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS.training.clip)
+    if job["package"] == "nanochat":  # training.train looks at both in each step, for which a GPU waits
+        loss.item(), norm.item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def rehearse(job: dict, model, optimizer, train: corpus.TokenStream) -> tuple[torch.nn.Module, float, float | None]:
+    """Real steps, then everything put back: → (the network that is to step, seconds of a step, of compiling)."""
+    device, start, network = torch.device(job["device"]), copy.deepcopy(model.state_dict()), model
+    clocks = [runtime.clock(device)]
+    if job["compile"] and job["package"] == "nanochat":
+        batch = train.batch(range(job["batch_size"])).to(device)
+        network = rehearsal.compiled(model, optimizer, batch, runtime.DTYPES[job["dtype"]])
+        assert network is not model, "the compiler does not work here"
+    elif job["compile"]:
+        network = torch.compile(model, dynamic=False)
+    for number, batch in enumerate(islice(crops(job, train), 12)):
+        take_step(job, network, model, optimizer, batch, rate_factor(job, number, 12))
+        clocks.append(runtime.clock(device))
+    usual = median(after - before for before, after in zip(clocks[2:], clocks[3:]))
+    model.load_state_dict(start)
+    for part in getattr(optimizer, "parts", [optimizer]):
+        part.state.clear()
+    return network, usual, round(clocks[1] - clocks[0] - usual, 1) if job["compile"] else None
+
+
+def bits_per_byte(model, tokenizer: Tokenizer, batches: Iterator) -> float:
+    """evaluate.score's, fp32; of Hugging Face's model by the same weights in our network, so that one function scores both."""
+    if not isinstance(model, GPT):
+        weights = {name: w.cpu() for name, w in model.state_dict().items()}
+        config = GPTConfig(tokenizer.vocab_size, model.config.n_positions, **{name: getattr(model.config, name) for name in SHAPE})
+        state = checkpoint.to_our_layout(weights, True, Path(THEIRS))
+        model = checkpoint.build(config, state, Path(THEIRS)).to(model.device)
+    score = evaluate.score(model, tokenizer, batches)["bits_per_byte"]
+    return round(score, 5) if math.isfinite(score) else 99.0  # a run that has diverged
 
 
 # ------------------------------------------------------------------ all runs
 
 
 def main() -> None:
+    """Read the flags; measure what is wanted and not yet in the file; print, save and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="S: Hugging Face's; nanochat and its ablation get half")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

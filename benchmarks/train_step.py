@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import peers  # noqa: E402
 import record  # noqa: E402
 
-from nanochat import rehearsal, runtime  # noqa: E402
+from nanochat import InputError, rehearsal, runtime  # noqa: E402
 from nanochat.model import GPT, Batch, GPTConfig, forward_flops_per_token  # noqa: E402
 from nanochat.runtime import clock  # noqa: E402
 
@@ -50,12 +51,13 @@ RATE = 1e-4
 
 
 def main() -> None:
+    """Read the flags; time, or measure memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--batch-size", type=int, help="rows a step")
     parser.add_argument("--tokens", type=int, help="tokens a row")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each variant that count, at least 2")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS + ON_CUDA)}")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS + ON_CUDA)}; for memory also nanochat-bf16-recompute")
     parser.add_argument("--reference", default="plain-fp32", metavar="NAME", help="the variant that the others are divided by")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-kept-memory", action="store_true", help="leave the CPU's allocator, glibc, as it is")
@@ -63,6 +65,11 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the peak of one variant, here and now
     args = parser.parse_args()
     device = runtime.pick_device(args.device)
+    known = VARIANTS + ON_CUDA + OF_MEMORY[-1:] * (args.memory or args.one)
+    if unknown := set(args.variants or []) - set(known):
+        raise InputError(f"--variants: {', '.join(unknown)}: must be of {', '.join(known)}")
+    if args.rounds < 2:
+        raise InputError(f"--rounds is {args.rounds}, must be at least 2")
     sizes, steps = SHAPES[args.shape]
     rows, tokens = (4, 1024) if args.memory else steps[device.type]
     args.batch_size, args.tokens = args.batch_size or rows, args.tokens or tokens
@@ -93,8 +100,9 @@ class Variants:
     def model(self, hugging_face: bool) -> tuple:
         if hugging_face not in self.models:
             torch.manual_seed(0)
-            model = (gpt2_of_hugging_face(self.config) if hugging_face else GPT(self.config)).to(self.device).train()
-            self.models[hugging_face] = model, adamw(model)
+            build = peers.gpt2_of_hugging_face if hugging_face else GPT
+            model = build(self.config).to(self.device).train()
+            self.models[hugging_face] = model, peers.adamw(model, RATE)
         return self.models[hugging_face]
 
     def step(self, name: str) -> Callable[[], float]:
@@ -112,7 +120,7 @@ class Variants:
         elif compiling and family == "nanochat":
             network = rehearsal.compiled(model, optimizer, self.batch, dtype)
             if network is model:
-                raise SystemExit(f"{name}: it did not compile (above)")
+                raise InputError(f"{name}: it did not compile (above)")
             for group in optimizer.param_groups:
                 group["lr"] = RATE  # the trial step above took it away
         losses = {
@@ -139,40 +147,19 @@ def one_step(loss_of, model, optimizer, scaler, device: torch.device, dtype: tor
 
 
 def all_at_once(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss as nanoGPT computes it, while `fused` stands in for our attention."""
+    """The loss as nanoGPT computes it, while the fused kernel stands in for our attention."""
     logits = model.head(model.features(inputs))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def with_fused_attention(loss_of: Callable, *arguments) -> torch.Tensor:
-    with patch("nanochat.model.attention", fused):
+    """loss_of(*arguments), attention by the fused kernel."""
+    with patch("nanochat.model.attention", peers.fused_attention):
         return loss_of(*arguments)
 
 
-def fused(q, k, v, mask, dropout, *more):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-
-
-def gpt2_of_hugging_face(config: GPTConfig):
-    from transformers import GPT2Config, GPT2LMHeadModel  # seconds, and memory, that only these variants need
-
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        bos_token_id=0, eos_token_id=0,
-    ))
-
-
-def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """training.build_optimizer's, for either network: matrices of the blocks decay, the rest does not."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        (matrices if ".h." in f".{name}" and p.dim() == 2 else others).append(p)
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), fused=True)
-
-
 def label(name: str) -> str:
+    """The name of a variant, for people."""
     family, *rest = name.split("-")
     return " ".join([FAMILIES[family], *rest])
 
@@ -181,10 +168,8 @@ def label(name: str) -> str:
 
 
 def compare_time(args: argparse.Namespace, config: GPTConfig, device: torch.device) -> None:
+    """Steps of all variants in turn: a table, a file of results and a picture."""
     names = args.variants or VARIANTS + ON_CUDA * (device.type == "cuda")
-    unknown = set(names) - set(VARIANTS + ON_CUDA)
-    if unknown or args.rounds < 2:
-        raise SystemExit(f"error: no such variant: {', '.join(unknown)}" if unknown else "error: --rounds must be at least 2")
     reference = args.reference if args.reference in names else names[0]
     kept = device.type == "cpu" and not args.no_kept_memory
     tokens = args.batch_size * args.tokens
@@ -238,6 +223,7 @@ def compare_time(args: argparse.Namespace, config: GPTConfig, device: torch.devi
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds of a @ b."""
     start = clock(a.device)
     a @ b
     return clock(a.device) - start
@@ -254,6 +240,7 @@ def table(lines: list[list[str]]) -> None:
 
 
 def compare_memory(args: argparse.Namespace, device: torch.device) -> None:
+    """The peak of each variant, in a process of its own: a table, a file of results and a picture."""
     names = args.variants or OF_MEMORY
     settings = [False, True] if device.type == "cpu" else [False]  # whether freed memory is kept: glibc's, so a CPU's
     here = ["--shape", args.shape, "--batch-size", str(args.batch_size), "--tokens", str(args.tokens), "--device", str(device)]
@@ -265,7 +252,7 @@ def compare_memory(args: argparse.Namespace, device: torch.device) -> None:
                 flags = ["--one", "--variants", name, *here, *["--no-kept-memory"] * (not keep)]
                 done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
                 if done.returncode:
-                    raise SystemExit(f"{name}: exit code {done.returncode} (its words are above)")
+                    raise InputError(f"{name}: exit code {done.returncode} (its words are above)")
                 found[name, keep] = json.loads(done.stdout.splitlines()[-1])
                 bar.update()
     base = "hf-bf16" if "hf-bf16" in names else names[0]
@@ -306,4 +293,4 @@ def memory_peak(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_as_script(main)

@@ -46,6 +46,7 @@ def prepare() -> Path:
 
 
 def main() -> None:
+    """Convert the sample, and print where it is."""
     path = prepare()
     print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} conversations with a reply")
 

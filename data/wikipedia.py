@@ -30,6 +30,7 @@ def prepare() -> Path:
 
 
 def main() -> None:
+    """Print where the sample is, under which licence, and where to find more."""
     print(prepare())
     print("licence: CC BY-SA, the authors of Wikipedia")
     print("whole dumps: https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2")

@@ -352,6 +352,7 @@ def verify(folder: Path, resume: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -381,6 +382,7 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """In UTF-8, indented."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     path.write_bytes((text + "\n").encode("utf-8", "surrogateescape"))  # paths of a C locale are bytes in disguise
 

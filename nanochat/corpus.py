@@ -1,4 +1,4 @@
-"""Pre-training text: a Wikipedia dump, plain text or JSONL → documents → token shards → crops.
+"""Pre-training text: documents (sources.py) → two splits → token shards → crops.
 
 `prepare` runs the whole way once. It writes the cleaned documents to `train.jsonl` and `val.jsonl`
 (open them: this is what the model reads), trains a tokenizer on the first if none was given, and
@@ -9,39 +9,25 @@ of the characters (one large file among few), the last tenth of the whole is hel
 `TokenStream` reads the shards as one row of ids: an end-of-text, then every document followed by its
 own. Memory is a few MB for any source.
 
-Sources: GPT-2 (Radford et al. 2019) for crops that run across documents; wikitext.py cleans.
+Source: GPT-2 (Radford et al. 2019) for crops that run across documents.
 """
 
 import argparse
-import bz2
 import json
-import multiprocessing
 import os
-import re
-import reprlib
-import signal
-import threading
-import urllib.parse
-import urllib.request
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from hashlib import sha256
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from nanochat import InputError, wikitext
+from nanochat import InputError
 from nanochat.model import IGNORED, Batch
 from nanochat.runtime import run_as_script
-from nanochat.tokenizer import Tokenizer, not_utf8, read_json
+from nanochat.sources import documents, fingerprint, json_lines, local, progress_bar
+from nanochat.tokenizer import Tokenizer, read_json
 
 VERSION = 2  # of the cleaning rules and the shard format; a new number makes old folders anew
 HELD_OUT = 0.10  # of the titles
@@ -51,10 +37,6 @@ VOCAB_SIZE = 8_192  # train.py's default: better than 16,384 after five minutes 
 TOKENIZER_DOCUMENTS = 100_000  # to learn merges from; more cost hours and hardly move a merge
 SHARD_TOKENS = 100_000_000  # 200 MB a file in uint16
 HEADER = 512  # bytes before a shard's ids: JSON padded with spaces (`head -c 512` shows it)
-PIECE = 1 << 16  # bytes read at a time, and the length at which a text file is cut
-ALONE = 200  # articles cleaned in this process before others are started, which takes a second
-QUEUE = 256  # articles in flight: enough for 64 processes, some 10 MB
-SUFFIXES = (".txt", ".md", ".jsonl", ".xml", ".bz2")  # of the files that a folder is searched for
 
 
 def prepare(
@@ -88,7 +70,7 @@ def prepare(
     vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     Tokenizer.train([], vocab_size)  # refuses a bad size now, not in an hour
     folder = Path(folder)
-    source, val_source = _local(source, folder.parent), val_source and _local(val_source, folder.parent)
+    source, val_source = local(source, folder.parent), val_source and local(val_source, folder.parent)
     request = {
         "version": VERSION,
         "source": fingerprint(source),
@@ -123,6 +105,14 @@ def prepare(
         print(f"{split}: " + ", ".join(f"{sums[split][what]:,} {what}" for what in ("documents", "bytes", "tokens")))
     print(f"held out {len(held_out):,}: {', '.join(held_out[:4])}{' …' if held_out[4:] else ''}")
     return folder
+
+
+def folder_for(source: str | Path, val_source: str | Path | None, parent: Path, *, vocab_size: int | None = None,
+               tokenizer: Tokenizer | None = None) -> Path:
+    """A folder in `parent` for these texts as they are now: another run may be reading the one of the text as it was."""
+    texts = [fingerprint(text) for text in (source, val_source) if text is not None]
+    request = f"{texts} {tokenizer.hash if tokenizer else vocab_size}"
+    return parent / f"{Path(source).name.split('.')[0]}-{sha256(request.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 class TokenStream:
@@ -229,6 +219,7 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
             yield "val", title, text[cut:]
 
     def write(rows: Iterable[tuple[str, str, str]]) -> tuple[dict[str, int], list[str]]:
+        """→ (characters of each split, titles of the second)."""
         characters, held_out = {"train": 0, "val": 0}, {}  # the second an ordered set
         files = {split: open(folder / f"{split}.jsonl", "wb") for split in characters}
         with files["train"], files["val"]:
@@ -255,7 +246,7 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, i
     header["dtype"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     header["tokenizer_hash"] = tokenizer.hash
     total, digest = {"documents": 0, "bytes": 0, "tokens": 0}, sha256()
-    with _bar(f"encoding {split}", (folder / f"{split}.jsonl").stat().st_size) as bar:
+    with progress_bar(f"encoding {split}", (folder / f"{split}.jsonl").stat().st_size) as bar:
         stream = _texts(folder / f"{split}.jsonl")
         for number in count():
             sums = dict.fromkeys(total, 0)
@@ -277,6 +268,12 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, i
             total = {key: total[key] + sums[key] for key in total}
             if not texts:
                 return total | {"sha256": digest.hexdigest()}
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The documents of a split, as _write_splits left them."""
+    with open(path, "rb") as file:
+        yield from (text for _, text in json_lines(file, path.name))
 
 
 def _manifest(folder: Path, any_version: bool = False) -> dict:
@@ -312,222 +309,8 @@ def _header(path: Path) -> dict:
     return header
 
 
-# ---- sources ------------------------------------------------------------------------------------
-
-
-def documents(source: str | Path, *, workers: int | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (title, text) of every document with text in `source`, in order, a few MB at a time.
-
-    source is told by what it is: a MediaWiki dump (XML, also .bz2); a text file, titled by its name
-    and cut at line breaks into documents of 64 kB if longer; JSONL with `text` and maybe `title`;
-    a folder of such files; an http(s) URL of one (kept in the working directory); or a Hugging
-    Face data set, `owner/name` or `owner/name:config`: its split "train", column `text`.
-    Raises InputError naming file and line. A progress bar is on stderr after two seconds.
-    """
-    source = Path(_local(source, Path()))
-    files, found = _files(source), 0
-    top = source if source.is_dir() else source.parent
-    with _bar(f"reading {source.name}", sum(path.stat().st_size for path in files)) as bar:
-        readers = [_read_file(path, top, workers, bar) for path in files] or [_read_hub(source)]
-        for title, text in chain(*readers):
-            if text.strip():
-                found += 1
-                bar.set_postfix(documents=found, refresh=False)
-                # to UTF-8 and back: half a surrogate pair, possible in JSON, becomes "?"
-                yield tuple(part.encode("utf-8", "replace").decode("utf-8") for part in (title, text))
-    if not found:
-        raise InputError(f"{source}: no document with text in it")
-
-
-def _files(source: str | Path) -> list[Path]:
-    """The files of a source; none for a data set on the Hugging Face hub."""
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise InputError(f"{path}: no file in this folder ends in {' '.join(SUFFIXES)}")
-        return files
-    if path.exists():
-        return [path]
-    if re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]+)?", str(source)) and path.suffix not in SUFFIXES:
-        return []
-    raise InputError(f"{path}: no such file or folder (nor a URL, nor owner/name of a data set)")
-
-
-def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterator[tuple[str, str]]:
-    # Under LC_ALL=C Python decodes file names as ASCII: take the bytes, titles are UTF-8 everywhere.
-    name = os.fsencode(path.relative_to(top).as_posix()).decode("utf-8", "replace")
-    suffix = Path(name.removesuffix(".bz2")).suffix
-    before = bar.n
-    with open(path, "rb") as raw:
-        file = bz2.open(raw) if raw.peek(3).startswith(b"BZh") else raw
-        try:
-            head = file.peek(1000)[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
-            if not head:
-                raise InputError(f"{path} is empty")
-            if b"\0" in head:
-                raise InputError(f"{path}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8")
-            if re.match(rb"(<\?xml[^>]*>\s*)?<mediawiki", head):
-                pairs = _wikipedia(file, workers)
-            elif suffix == ".xml":
-                raise InputError(f"{path} is no MediaWiki dump: it starts with {head[:40]!r}")
-            else:
-                pairs = (_json_lines if suffix.startswith(".json") else _plain_text)(file, name)
-            for pair in pairs:
-                bar.update(before + raw.tell() - bar.n)
-                yield pair
-        except EOFError as error:
-            raise InputError(f"{path} ends too early: copy or download it again") from error
-        except (ElementTree.ParseError, LookupError) as error:  # LookupError: an unknown encoding
-            raise InputError(f"{path}: broken XML, {error}") from error
-        except OSError as error:  # bz2 does not name the file
-            raise InputError(f"{path}: {error}; copy or download it again") from error
-        except BrokenProcessPool as error:
-            raise InputError(f"{path}: a process that cleans it died (of memory?); try --workers 1") from error
-
-
-def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
-    """Pieces of at most 2 · PIECE bytes, cut at a blank line, else a line, else a character."""
-    position, line, rest = 0, 1, b""
-    while (chunk := file.read(PIECE)) or rest:
-        rest += chunk
-        cut = len(rest)
-        if len(chunk) == PIECE:  # more may come: leave the last, perhaps unfinished, paragraph
-            lead = len(rest.rstrip(bytes(range(0x80, 0xC0)))) - 1  # where the last character starts
-            cut = rest.rfind(b"\n\n") + 1 or rest.rfind(b"\n") + 1 or max(lead, 1)
-        try:
-            text = rest[:cut].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, error, line, position) from error
-        yield name, text.removeprefix("" if position else "\ufeff").replace("\r\n", "\n")
-        position, line, rest = position + cut, line + rest.count(b"\n", 0, cut), rest[cut:]
-
-
-def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(lines, 1):
-        where = f"{name}, line {number}"
-        try:
-            text = line.decode("utf-8").removeprefix("\ufeff").rstrip()
-            record = json.loads(text) if text else {"text": ""}
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, error, number) from error
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise InputError(f"{where}: not a JSON object ({reason})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            seen = reprlib.repr(list(record)) if isinstance(record, dict) else type(record).__name__
-            raise InputError(f'{where}: must be an object whose "text" is a string, not {seen}')
-        title = record.get("title")
-        yield str(title) if title and isinstance(title, (str, int)) else where, record["text"]
-
-
-def _read_hub(source: Path) -> Iterator[tuple[str, str]]:
-    name, _, config = source.as_posix().partition(":")
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, config or None, split="train", streaming=True)
-    except ImportError as error:
-        raise InputError(f"{source}: no such file; for a data set, pip install datasets") from error
-    except Exception as error:  # theirs are of many kinds: offline, misspelt, gated, no such config
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: no such file, and as a data set of the hub: {reason}") from error
-    yield from _json_lines((json.dumps(row, default=str).encode("ascii") for row in rows), str(source))
-
-
-def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]:
-    """The cleaned articles of a dump: namespace 0, no redirects, no disambiguation pages."""
-    articles = wikitext.articles(file)
-    for title, markup in islice(articles, ALONE if workers != 1 else None):
-        yield title, wikitext.clean(markup)
-    # "spawn", since a forked copy of a process with threads (torch, tokenizers) may hang. A queue,
-    # since Executor.map would read the whole dump before the first result.
-    context, queue = multiprocessing.get_context("spawn"), deque()
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _follow_parent)
-    try:
-        for title, markup in articles:
-            with _interrupts_wait():
-                queue.append((title, pool.submit(wikitext.clean, markup)))
-            if len(queue) == QUEUE:
-                title, text = queue.popleft()
-                yield title, text.result()
-        for title, text in queue:
-            yield title, text.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Hold Ctrl-C back; processes started in here inherit that, so it stops this one only."""
-    if os.name == "nt":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it does, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-# ---- small parts --------------------------------------------------------------------------------
-
-
-def _local(source: str | Path, folder: Path) -> str | Path:
-    """`source`, or the file in `folder` to which this URL was downloaded, now or earlier."""
-    if not re.match("https?://", str(source)):
-        return source
-    file = Path(urllib.parse.urlparse(source).path).name or "download"
-    target = folder / f"{sha256(str(source).encode()).hexdigest()[:8]}-{file}"  # two sites may use one file name
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    request = urllib.request.Request(source, headers={"User-Agent": "nanochat-gpt2"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            with _bar(f"downloading {target.name}", size) as bar:
-                while chunk := response.read(PIECE):
-                    bar.update(file.write(chunk))
-                if bar.n < size:
-                    raise OSError(f"the connection ended after {bar.n:,} of {size:,} bytes")
-    except OSError as error:
-        raise InputError(f"{source}: {error}; try again, or download it to a file") from error
-    os.replace(partial, target)
-    return target
-
-
-def fingerprint(source: str | Path) -> str:
-    """Changes when a file of the source does (path, size, time of change); a URL is its own."""
-    if re.match("https?://", str(source)):
-        return str(source)
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
-    where = Path(source).resolve() if stats else source
-    return f"{ascii(str(where))} {sha256(ascii(stats).encode('ascii')).hexdigest()[:16]}"
-
-
-def _records(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, "rb") as file:
-        yield from _json_lines(file, path.name)
-
-
-def _texts(path: Path) -> Iterator[str]:
-    return (text for _, text in _records(path))
-
-
-def _bar(what: str, size: int) -> tqdm:
-    return tqdm(total=size or None, desc=what, unit="B", unit_scale=True, delay=2)
-
-
 def main() -> None:
+    """Prepare a folder of shards from the command line."""
     parser = argparse.ArgumentParser("python -m nanochat.corpus", description=__doc__.split("\n")[0])
     parser.add_argument("source", help="Wikipedia dump, text, JSONL, folder, URL or owner/name")
     parser.add_argument("folder", help="where shards, tokenizer and manifest go")

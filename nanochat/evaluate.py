@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from nanochat import runtime
+from nanochat import processes
 from nanochat.dialogue import Conversation, render_prompt
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT, IGNORED, Batch
@@ -32,7 +32,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
     for number, batch in enumerate(tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2, disable=None)):
-        if number % runtime.world_size() != runtime.rank():
+        if number % processes.world_size() != processes.rank():
             continue
         batch = batch.to(device)
         with autocast(device, dtype):
@@ -41,7 +41,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
         tokens += targets.numel()
         text_bytes += int(byte_lengths[targets].sum())
     model.train(training)
-    nats, tokens, text_bytes = runtime.sum_over_ranks(nats, tokens, text_bytes)
+    nats, tokens, text_bytes = processes.sum_over_ranks(nats, tokens, text_bytes)
     loss = nats / max(tokens, 1)
     return {
         "loss": loss,

@@ -2,8 +2,8 @@
 
 `rehearse` takes a few steps that change nothing. They tell how long a step is (which turns
 --max-minutes into a number of steps, once, so that a resumed run has the same schedule), whether
-the compiler works, and whether it pays. What does not fit stops here, with the settings that do, and not after
-an hour, in a traceback or by the kernel's hand.
+the compiler works, and whether it pays. What does not fit stops here, with the settings that do,
+and not after an hour, in a traceback or by the kernel's hand.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat import InputError, runs, runtime
+from nanochat import InputError, processes, runs, runtime
 from nanochat.model import GPT, LOSS_CHUNK, Batch, forward_flops_per_token
 from nanochat.runtime import autocast, clock, out_of_memory, rng_state, set_rng_state
 
@@ -52,7 +52,7 @@ def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch
             seconds_compiled = timed(candidate)  # also where it did not compile: all processes time together
             if seconds_compiled < 0.97 * step:
                 network, step = candidate, seconds_compiled
-        if runtime.world_size() > 1:
+        if processes.world_size() > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
             step = step * (1 - 1 / micro_steps) + timed(network, micro_steps=1)  # only the last micro-step waits for others
     except Exception as error:
@@ -103,8 +103,8 @@ def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dt
     rounds: list[float] = []
     while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
         micro_step, update = one_round(network, optimizer, batch, dtype)
-        total = runtime.sum_over_ranks(micro_steps * micro_step + update)[0]  # all of them take as many rounds
-        rounds.append(total / runtime.world_size())
+        total = processes.sum_over_ranks(micro_steps * micro_step + update)[0]  # all of them take as many rounds
+        rounds.append(total / processes.world_size())
     return median(rounds[1:])  # the first round warms up
 
 
@@ -160,9 +160,10 @@ def smaller(batch_size: int, micro_steps: int) -> Iterator[tuple[int, int]]:
 
 
 def advice(pair: tuple[int, int] | None) -> str:
+    """What to say of a pair of `smaller`, or of none."""
     if pair is None:
         return "not even 1 fits: take a smaller model or --block-size"
-    return f"--batch-size {pair[0]} --accumulate {pair[1] * runtime.world_size()} fits and takes the same steps"
+    return f"--batch-size {pair[0]} --accumulate {pair[1] * processes.world_size()} fits and takes the same steps"
 
 
 def what_fits(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype) -> tuple[int, int] | None:
@@ -186,33 +187,37 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
     five times; with recomputation it holds one block besides, and its gradients: five times what the
     block would have kept. (The factors were measured; tests/test_rehearsal.py holds them to that.)
     """
-    kept = {}
-    device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
-    random_state, mode = rng_state(device), model.training
-    model.train()
-    recompute = model.recompute
-    for rows, model.recompute in [(1, recompute), (2, recompute), *([(2, False)] if recompute else [])]:
-        storages: dict[int, int] = {}
-
-        def note(x: torch.Tensor, storages=storages) -> torch.Tensor:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        batch = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-        with saved_tensors_hooks(note, lambda x: x), autocast(device, dtype):
-            loss = model(batch, batch)  # held until its tensors are counted
-        kept[rows, model.recompute] = sum(size for key, size in storages.items() if key not in weights)
-        del loss
-    set_rng_state(random_state, device)
-    model.train(mode)
-    model.recompute = recompute
-    one, two = kept[1, recompute], kept[2, recompute]
-    a_block = (kept[2, False] - two) / 2 / model.config.n_layer if recompute else 0  # of one row
-    per_row = 1.7 * (two - one) + 5 * a_block
+    one, two = (kept_for_backward(model, rows, tokens, dtype) for rows in (1, 2))
+    block_of_a_row = 0.0
+    if model.recompute:
+        model.recompute = False
+        block_of_a_row = (kept_for_backward(model, 2, tokens, dtype) - two) / 2 / model.config.n_layer
+        model.recompute = True
+    per_row = 1.7 * (two - one) + 5 * block_of_a_row + 4 * masked * model.config.n_layer * tokens**2
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
     chunk = 4 * model.config.vocab_size * LOSS_CHUNK  # fp32 logits
-    return lambda rows: (fixed + 2 * one - two + per_row * rows
-                         + 4 * masked * model.config.n_layer * rows * tokens**2 + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK))
+    return lambda rows: fixed + 2 * one - two + per_row * rows + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK)
+
+
+def kept_for_backward(model: GPT, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass of rows of `tokens` tokens keeps for its backward pass, beside the weights."""
+    device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}  # of each storage, by its address: several tensors may share one
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    random_state, mode = rng_state(device), model.training
+    model.train()
+    batch = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    with saved_tensors_hooks(note, lambda x: x), autocast(device, dtype):
+        loss = model(batch, batch)  # held until its tensors are counted
+    total = sum(size for address, size in sizes.items() if address not in weights)
+    del loss
+    set_rng_state(random_state, device)
+    model.train(mode)
+    return total
 
 
 def memory_of_machine() -> int:
@@ -239,7 +244,7 @@ def checkpoint_bytes(model: GPT, optimizer) -> int:
     return sum(4 * p.numel() for p in model.parameters()) + optimizer_bytes(optimizer) + 4_000_000
 
 
-@runtime.on_rank_0
+@processes.on_rank_0
 def check_disk(out: Path, size: int, keep: int) -> None:
     """InputError if checkpoints of `size` bytes will not fit: --keep, the best, and the one being written."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A run folder: what a run leaves on disk, whole at every moment, whatever kills the run.
 
     out/
-      metrics.jsonl  loss.png                 written by training.py
+      metrics.jsonl  loss.png                 metrics.py
       best -> step-000400    last -> step-000400
       step-000400/                            a checkpoint (checkpoint.py), and for --resume:
         resume/state.pt  optimizer, scaler, random state, data position, settings
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nanochat import InputError, __version__, runtime
+from nanochat import InputError, __version__, processes
 from nanochat.checkpoint import (
     SUMS,
     followed,
@@ -127,7 +127,7 @@ def read_resume(folder: Path) -> dict:
     return state
 
 
-@runtime.on_rank_0
+@processes.on_rank_0
 def clear(out: Path) -> None:
     """Delete the run in `out`, and nothing else there: when all is ready, so that an error costs none."""
     out.mkdir(parents=True, exist_ok=True)
@@ -163,10 +163,11 @@ def saved_steps(out: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
+    """The number in the name of a step folder."""
     return int(folder.name.removeprefix("step-"))
 
 
-@runtime.on_rank_0
+@processes.on_rank_0
 def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: dict, results: dict,
          resume: dict | None = None, keep: int = 2) -> Path:
     """Write out/step-NNNNNN and point `last` at it; drop older steps but `keep` and the best.
@@ -215,7 +216,7 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     return final
 
 
-@runtime.on_rank_0
+@processes.on_rank_0
 def add_results(out: Path, step: int, results: dict, best: bool) -> None:
     """Add the evaluation of a saved step to its nanochat.json; if it is the best so far, point `best` at it."""
     folder, temporary = out / f"step-{step:06d}", out / ".tmp-nanochat.json"
@@ -270,6 +271,7 @@ def remove(path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, would survive a power cut."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what may be written
         try:

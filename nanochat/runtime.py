@@ -1,15 +1,11 @@
-"""Where we run: processes, device, precision, random state, the metrics log, signals, and how a script ends.
+"""Where we run: device, precision, memory, random state, signals, and how a script ends.
 
 Weights are fp32 in training; `autocast` computes the large products in a shorter type. On GPUs
 that is bf16 from compute capability 8.0 (Ampere), fp16 with a loss scaler before; on CPUs bf16
 where a short probe finds it faster, else fp32.
-
-torchrun starts one process a GPU (or a few on a CPU), each with a rank. All of them run the same
-lines; what only one may do (print, write files) rank 0 does.
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -17,70 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import wraps
-from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
 
-from nanochat import InputError
+from nanochat import InputError, processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# ------------------------------------------------------------------ processes
-
-
-def join_processes() -> None:
-    """Meet the other processes that torchrun started, if it did; from here on only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo for what lies on the CPU, NCCL for gradients on GPUs. Rank 0 may prepare a corpus for hours while
-        # the others wait; if a process dies, it is torchrun that ends the others, not this limit.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=2))
-        if rank():
-            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(*values: float) -> list[float]:
-    """Each value, added up over all processes, in float64: the same list in each of them."""
-    if world_size() == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def from_all_ranks(value) -> list:
-    """What each process has, in the order of their ranks."""
-    values = [value]
-    if world_size() > 1:
-        values *= world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def from_rank_0(function: Callable):
-    """What function() gives in rank 0, for all; the others wait for it. If it fails there, torchrun ends all."""
-    box = [function() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def on_rank_0(function: Callable) -> Callable:
-    """Decorator: elsewhere the function does nothing."""
-    return wraps(function)(lambda *args, **named: function(*args, **named) if rank() == 0 else None)
 
 
 # ------------------------------------------------------------------ device and precision
@@ -93,9 +32,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and world_size() > 1:
+    if name.startswith("cuda:") and processes.world_size() > 1:
         raise InputError(f"--device {name}: under torchrun each process has its own GPU; leave it out")
-    if name == "cuda" and world_size() > 1:
+    if name == "cuda" and processes.world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).cpu()  # which "meta" cannot do
@@ -179,81 +118,10 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what rng_state gave."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-# ------------------------------------------------------------------ metrics
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, flushed at once, so that a killed run keeps its log."""
-
-    def __init__(self, path: Path, before: int):
-        """Lines of this step and later ones, left by a run that is resumed, are dropped: they come again."""
-        self.path, self.file = path, None
-        if rank():
-            return
-        kept = [record for record in read_metrics(path) if record["step"] < before]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")
-
-    @on_rank_0
-    def write(self, **record: float) -> None:
-        try:
-            print(json.dumps(record), file=self.file, flush=True)
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; --resume goes on once that is mended") from None
-
-    def close(self) -> None:
-        with suppress(OSError, AttributeError):  # what a full disk did not take; no file
-            self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in order; lines that a power cut left unreadable are left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            with suppress(ValueError):
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
-
-
-@on_rank_0
-def draw_losses(log: Path, picture: Path) -> None:
-    """Draw training and validation loss against the step: metrics.jsonl → loss.png."""
-    import matplotlib  # 0.5 s, needed once, at the end
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    records = read_metrics(log)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    if train:
-        steps, losses = zip(*train)
-        axes.plot(steps, losses, color="#9db8d9", linewidth=0.7, label="training, each step")
-        width = max(1, len(losses) // 50)
-        smooth = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1)]
-        axes.plot(steps[width - 1 :], smooth, color="#1f5fa8", label=f"training, mean of {width} steps")
-    if val:
-        axes.plot(*zip(*val), "o-", color="#d1495b", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(picture)
-    plt.close(figure)
-
-
-def argument_text(argument: str) -> str:
-    """The text of a command-line argument, read as UTF-8 whatever the locale says (not for paths)."""
-    return os.fsencode(argument).decode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------ signals, and the end
@@ -284,7 +152,7 @@ def signals_wait() -> Iterator[None]:
         _received.append(number)
         put_back()
         with suppress(OSError):  # the same Ctrl-C may have ended the reader of a pipe
-            os.write(2, b"" if rank() else b"\nfinishing this step, then saving; once more ends it at once\n")
+            os.write(2, b"" if processes.rank() else b"\nfinishing this step, then saving; once more ends it at once\n")
 
     _received.clear()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
@@ -297,10 +165,7 @@ def signals_wait() -> Iterator[None]:
 
 def signal_received() -> int | None:
     """The signal that came to any of the processes while signals_wait was open, if one did; all of them ask together."""
-    number = torch.tensor(_received[0] if _received else 0)
-    if world_size() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number) or None
+    return processes.largest_of_ranks(_received[0] if _received else 0) or None
 
 
 def run_as_script(main: Callable[[], None]) -> None:
@@ -312,13 +177,11 @@ def run_as_script(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):  # UTF-8 whatever the terminal's locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        join_processes()
+        processes.join()
         main()
         if sys.stdout:
             sys.stdout.flush()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            leave(0)
+        processes.leave(0)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
         sys.exit(128 + 13)
@@ -327,34 +190,31 @@ def run_as_script(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(say(f"error: {f'{error.filename}: {error.strerror}' if error.filename is not None else error}", 2))
     except Stopped as stop:
-        sys.exit(say("" if rank() else f"stopped: {stop}", 128 + stop.number))
+        sys.exit(say("" if processes.rank() else f"stopped: {stop}", 128 + stop.number))
     except KeyboardInterrupt:
-        sys.exit(say("" if rank() else "\ninterrupted", 130))
+        sys.exit(say("" if processes.rank() else "\ninterrupted", 130))
     except Exception as error:
-        if rank() and "gloo" in str(error):  # the first error is the one to read
+        if processes.rank() and "gloo" in str(error):  # the first error is the one to read
             sys.exit(say("lost the other processes", 1))
         if not out_of_memory(error):
-            sys.stderr = sys.__stderr__ if rank() else sys.stderr
+            sys.stderr = sys.__stderr__ if processes.rank() else sys.stderr
             raise
         sys.exit(say("error: out of memory: a smaller --batch-size with a larger --accumulate takes the same steps", 2))
 
 
 def say(line: str, code: int) -> int:
     """Print the line; → the code. What all processes meet rank 0 alone says: torchrun ends the others meanwhile."""
-    if rank():
+    if processes.rank():
         time.sleep(2)
     if line:
-        print(f"rank {rank()}: {line}" if rank() else line, file=sys.__stderr__ if rank() else sys.stderr)
-    if dist.is_initialized():
-        leave(code)
+        print(f"rank {processes.rank()}: {line}" if processes.rank() else line, file=sys.__stderr__ if processes.rank() else sys.stderr)
+    processes.leave(code)
     return code
 
 
-def leave(code: int) -> None:
-    """End one of several processes without Python's own end, in which gloo's threads may abort (pytorch issue 179291)."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+def argument_text(argument: str) -> str:
+    """The text of a command-line argument, read as UTF-8 whatever the locale says (not for paths)."""
+    return os.fsencode(argument).decode("utf-8", "replace")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -32,9 +32,10 @@ from typing import Literal, Protocol
 import torch
 from tqdm import tqdm
 
-from nanochat import InputError, rehearsal, runs, runtime
+from nanochat import InputError, processes, rehearsal, runs, runtime
+from nanochat.metrics import MetricsLog, draw_losses
 from nanochat.model import GPT, IGNORED, Batch
-from nanochat.runtime import MetricsLog, autocast, draw_losses, rng_state, set_rng_state
+from nanochat.runtime import autocast, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
 
 
@@ -51,7 +52,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     """
     model.to(device)
     model.recompute = config.recompute
-    world_size = runtime.world_size()
+    world_size = processes.world_size()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network, progress, record, conditions = begin(
@@ -95,7 +96,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             tokens = sum(batch.inputs.numel() for batch in batches)
-            loss_value, tokens = runtime.sum_over_ranks(step_loss.item(), tokens)
+            loss_value, tokens = processes.sum_over_ranks(step_loss.item(), tokens)
             norm_value = grad_norm.item()
             stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
@@ -208,8 +209,8 @@ class TrainConfig:
 
     def completed(self, minutes: float) -> TrainConfig:
         """These settings, with a length of `minutes` if they name none; InputError if the processes cannot share a step."""
-        if self.accumulate % runtime.world_size():
-            raise InputError(f"--accumulate is {self.accumulate}, must be a multiple of {runtime.world_size()}, the number of "
+        if self.accumulate % processes.world_size():
+            raise InputError(f"--accumulate is {self.accumulate}, must be a multiple of {processes.world_size()}, the number of "
                              "processes, which share the micro-steps of a step")
         if self.max_steps is self.max_minutes is self.epochs is None:
             return replace(self, max_minutes=minutes)
@@ -249,7 +250,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
     conditions: all that must be equal for a resumed run to be the same run. The report is printed
     and, unless it is resumed, an earlier run in `out` deleted: now that all is ready.
     """
-    device, micro_steps = model.wte.weight.device, config.accumulate // runtime.world_size()
+    device, micro_steps = model.wte.weight.device, config.accumulate // processes.world_size()
     disk = rehearsal.checkpoint_bytes(model, optimizer)
     rehearsal.check_disk(out, disk, config.keep)
     memory = 0
@@ -274,14 +275,14 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
         progress, record = restore(resume, model, optimizer, scaler)
     else:
         progress, record = Progress(steps_in(config, seconds, len(data))), {}
-        torch.manual_seed(1_000_003 * (config.seed + 1) + runtime.rank())  # for dropout: each process drops others
+        torch.manual_seed(1_000_003 * (config.seed + 1) + processes.rank())  # for dropout: each process drops others
         runs.clear(out)
     conditions = {
         "settings": json.loads(json.dumps(settings, default=str)),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "processes": runtime.world_size(),
+        "processes": processes.world_size(),
         "compiled": getattr(network, "module", network) is not model,
         "texts": texts,
     }
@@ -384,13 +385,13 @@ def draw(data: Examples, position: int, config: TrainConfig, device: torch.devic
     means would weigh them wrongly.
     """
     batches = []
-    for micro_step in range(runtime.rank(), config.accumulate, runtime.world_size()):
+    for micro_step in range(processes.rank(), config.accumulate, processes.world_size()):
         start = position + micro_step * config.batch_size
         batches.append(data.batch(example_order(start, config.batch_size, len(data), config.seed)))
     supervised = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
     if device.type == "cuda":
         batches = [batch.pinned() for batch in batches]
-    return batches, int(runtime.sum_over_ranks(supervised)[0])
+    return batches, int(processes.sum_over_ranks(supervised)[0])
 
 
 def example_order(position: int, count: int, examples: int, seed: int) -> list[int]:
@@ -462,7 +463,7 @@ def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: to
         "record": record,  # its line of metrics.jsonl, which is written after the checkpoint
         "optimizer": {name_of[p]: dict(state) for part in parts for p, state in part.state.items()},
         "scaler": scaler.state_dict(),
-        "rng": runtime.from_all_ranks(rng_state(model.wte.weight.device)),
+        "rng": processes.from_all_ranks(rng_state(model.wte.weight.device)),
     }
 
 
@@ -478,7 +479,7 @@ def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) ->
                 part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    rank, progress = runtime.rank(), Progress(**state["progress"])
+    rank, progress = processes.rank(), Progress(**state["progress"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank], model.wte.weight.device)
     else:  # this process was not there
@@ -491,13 +492,30 @@ def take_up(saved: dict, device: torch.device, texts: str) -> None:
     if texts != saved["texts"]:
         raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "
                          "--init goes on with other data")
-    if saved["processes"] == runtime.world_size():  # else it cannot be the same bit for bit
+    if saved["processes"] == processes.world_size():  # else it cannot be the same bit for bit
         torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
-    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": runtime.world_size()}
+    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes.world_size()}
     for name, value in here.items():
         there = saved[name].split(":")[0] if name == "device" else saved[name]
         if value != there:
             print(f"note: the run was on {there} {name}, now {value}: equal but for rounding and dropout's draws", file=sys.stderr)
+
+
+def open_run(settings, parse: Callable, minutes: float) -> tuple:
+    """How both scripts begin: look at the run folder, complete the settings, choose device and precision.
+
+    → (settings, the step folder and the state to resume from or None twice, device, dtype). settings: the dataclass of
+    a script, as parse() gave it; minutes: the length of a run that names none.
+    """
+    step, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
+    if state:
+        settings = settings_to_resume(settings, state, parse)
+    config = settings.training = settings.training.completed(minutes)
+    torch.manual_seed(config.seed)
+    runtime.keep_freed_memory()
+    device = runtime.pick_device(config.device)
+    dtype = processes.from_rank_0(lambda: runtime.pick_dtype(state["conditions"]["dtype"] if state else config.dtype, device))
+    return settings, step, state, device, dtype
 
 
 # What may change on --resume: nothing here touches the weights of any step.

@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import InputError, corpus, wikitext
-from nanochat.corpus import TokenStream, documents, is_held_out, prepare
+from nanochat import InputError, corpus, sources, wikitext
+from nanochat.corpus import TokenStream, is_held_out, prepare
 from nanochat.model import IGNORED
+from nanochat.sources import documents
 from nanochat.tokenizer import Tokenizer
 from nanochat.wikitext import clean
 
@@ -148,8 +149,8 @@ def test_a_dump_gives_articles_only(tmp_path, name):
 
 
 def test_cleaning_in_spawned_processes_gives_the_same_articles_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "ALONE", 1)
-    monkeypatch.setattr(corpus, "QUEUE", 3)  # shorter than the dump: results leave while others enter
+    monkeypatch.setattr(sources, "ALONE", 1)
+    monkeypatch.setattr(sources, "QUEUE", 3)  # shorter than the dump: results leave while others enter
     path = dump(tmp_path / "lakes.xml", *(page(f"Lake {i}", f"'''Lake {i}'''\n{ARTICLE}") for i in range(9)))
     alone = list(documents(path, workers=1))
     assert len(alone) == 9 and alone == list(documents(path, workers=2))
@@ -656,8 +657,8 @@ def test_an_interrupt_at_any_moment_ends_the_workers_too_and_the_next_run_is_who
     source = dump(tmp_path / "lakes.xml", *(page(f"Lake {i}", text) for i in range(200)))
     expected = prepare(source, tmp_path / "expected", vocab_size=320)
     script = tmp_path / "script.py"  # a file, since the workers import it, which takes them seconds
-    script.write_text("""import sys\nfrom nanochat import corpus, runtime\nif __name__ == "__main__":
-    corpus.ALONE = 1
+    script.write_text("""import sys\nfrom nanochat import corpus, runtime, sources\nif __name__ == "__main__":
+    sources.ALONE = 1
     runtime.run_as_script(lambda: corpus.prepare(*sys.argv[1:], vocab_size=320, workers=2))""")
     folder = tmp_path / "corpus"
     for seconds in (0, 1, 2, 3, 5):  # the workers start, clean, end; a tokenizer is trained

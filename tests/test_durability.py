@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from nanochat import InputError, checkpoint, runs, training
+from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
-from nanochat.runtime import MetricsLog, read_metrics
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Progress, TrainConfig
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from test_corpus import ARTICLE, GARDEN, dump, jsonl, page
 from torch import Tensor
 
-from nanochat import InputError, checkpoint, corpus, dialogue
+from nanochat import InputError, checkpoint, corpus, dialogue, sources
 from nanochat.dialogue import DialogueRows
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def texts(*names: str) -> Callable:
     def write(folder: Path) -> Callable:
         for name in names:
             writers[Path(name).suffix](folder / name)
-        return lambda: list(corpus.documents(folder if len(names) > 1 else folder / names[0], workers=1))
+        return lambda: list(sources.documents(folder if len(names) > 1 else folder / names[0], workers=1))
 
     return write
 

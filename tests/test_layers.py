@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "model": 0, "tokenizer": 0, "wikitext": 0, "runtime": 0,
-    "checkpoint": 1, "corpus": 1, "dialogue": 1,
-    "generate": 2, "runs": 2,
-    "evaluate": 3, "rehearsal": 3,
-    "training": 4,
+    "model": 0, "tokenizer": 0, "wikitext": 0, "processes": 0,
+    "runtime": 1, "metrics": 1, "sources": 1, "dialogue": 1,
+    "checkpoint": 2, "corpus": 2,
+    "generate": 3, "runs": 3,
+    "evaluate": 4, "rehearsal": 4,
+    "training": 5,
 }
 SCRIPTS = ("train", "finetune", "sample")
 

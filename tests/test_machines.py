@@ -14,7 +14,7 @@ import torch
 import finetune
 import sample
 import train
-from nanochat import checkpoint, corpus, runtime
+from nanochat import checkpoint, runtime, sources
 
 ROOT = Path(__file__).parent.parent
 GARDEN, DIALOGUES = (ROOT / "data" / "samples" / name for name in ("garden.txt", "dialogues.jsonl"))
@@ -83,16 +83,16 @@ def test_the_pool_that_cleans_articles_is_spawned_not_forked(tmp_path, monkeypat
     """A forked copy of a process that has threads, as torch has, may hang."""
     asked = []
 
-    class Pool(corpus.ProcessPoolExecutor):
+    class Pool(sources.ProcessPoolExecutor):
         def __init__(self, *args, **kwargs):
             given = [*args, *kwargs.values()]
             asked.extend(value.get_start_method() for value in given if hasattr(value, "get_start_method"))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(corpus, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(sources, "ProcessPoolExecutor", Pool)
     page = "<page><title>Lake</title><ns>0</ns><revision><text>A lake is a body of water, and a river is not.</text></revision></page>"
     (tmp_path / "lake.xml").write_text(f"<mediawiki xmlns='http://www.mediawiki.org/xml/export-0.10/'>{page}</mediawiki>", encoding="utf-8")
-    assert [title for title, _ in corpus.documents(tmp_path / "lake.xml", workers=3)] == ["Lake"]
+    assert [title for title, _ in sources.documents(tmp_path / "lake.xml", workers=3)] == ["Lake"]
     assert asked == ["spawn"]
 
 

@@ -176,10 +176,14 @@ def test_recomputing_keeps_little_more_than_the_input_of_each_block(make_model):
 
 
 def test_evaluating_recomputes_nothing(make_model, monkeypatch):
-    gpt = make_model()
+    gpt, asked, real = make_model(), [], model.checkpoint
+    tokens = tokens_of(gpt)
+    expected = gpt(tokens)
     gpt.recompute = True
-    monkeypatch.setattr(model, "checkpoint", None)
-    gpt(tokens_of(gpt))
+    monkeypatch.setattr(model, "checkpoint", lambda *args, **named: asked.append(args) or real(*args, **named))
+    assert torch.equal(gpt(tokens), expected) and not asked
+    gpt.train()(tokens)
+    assert len(asked) == gpt.config.n_layer
 
 
 def test_segments_are_separate_texts(make_model, attention_path):

@@ -16,9 +16,9 @@ from conftest import TEXT
 from safetensors.torch import load_file
 from test_training import BLOCK, RandomExamples, assert_equal_states, run, tiny, without_times
 
-from nanochat import checkpoint, evaluate, runs, runtime, training
+from nanochat import checkpoint, evaluate, processes, runs, runtime, training
+from nanochat.metrics import read_metrics
 from nanochat.model import Batch, forward_flops_per_token
-from nanochat.runtime import read_metrics
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import example_order
 
@@ -76,7 +76,7 @@ def work(folder: Path, backend: str) -> None:
     cut(folder / "begun")
     if (folder / "moved").exists():
         go_on(folder / "moved", tokenizer)
-    torch.save(seen, folder / f"seen-{runtime.rank()}.pt")
+    torch.save(seen, folder / f"seen-{processes.rank()}.pt")
 
 
 def gradients_and_weights(out: Path, supervised: list[int], optimizer: str, tokenizer: Tokenizer) -> dict:
@@ -100,12 +100,12 @@ def batches(count: int) -> Iterator[Batch]:
 
 def cut(out: Path) -> None:
     """Leave what a kill after step 3 would have left."""
-    runtime.from_rank_0(lambda: shutil.rmtree(out / "step-000006"))
+    processes.from_rank_0(lambda: shutil.rmtree(out / "step-000006"))
 
 
 def go_on(out: Path, tokenizer: Tokenizer) -> None:
     torch.manual_seed(99)
-    step, state = runtime.from_rank_0(lambda: runs.open_run(out, resume=True, overwrite=False))
+    step, state = processes.from_rank_0(lambda: runs.open_run(out, resume=True, overwrite=False))
     run(checkpoint.load(step)[0], examples(STEPS["uneven"]), out, tokenizer, resume=state, **CUT)
 
 
@@ -171,8 +171,8 @@ def test_two_processes_log_what_one_does_once(name, optimizer, both, tokenizer):
         assert record.keys() == expected.keys()
         for key in {"loss", "grad_norm", "learning_rate", "val_loss"} & record.keys():
             assert record[key] == pytest.approx(expected[key], rel=1e-9)
-        for processes, line in ((1, expected), (2, record)):
-            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / (processes * PEAK), rel=1e-9)
+        for count, line in ((1, expected), (2, record)):
+            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / (count * PEAK), rel=1e-9)
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
@@ -299,12 +299,12 @@ def test_wrong_input_is_said_once_and_ends_all_processes(name, flags, expected, 
 SIGNALLING = """
 import atexit, os, sys, time
 import train as script
-from nanochat import runtime, training
+from nanochat import processes, runtime, training
 atexit.register(print, "Python's own end", file=sys.__stderr__)
 target, number, by = sys.argv.pop(), int(sys.argv.pop()), int(sys.argv.pop())
 real = training.learning_rate_factor
 def hit(step, *rest):
-    if step == 4 and runtime.rank() == by:
+    if step == 4 and processes.rank() == by:
         os.kill(os.getppid() if target == "torchrun" else os.getpid(), number)
         while not runtime._received:
             time.sleep(0.01)

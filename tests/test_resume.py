@@ -23,10 +23,11 @@ from test_training import CPU, RandomExamples, assert_equal_states, overflowing,
 
 import finetune
 import train
-from nanochat import InputError, checkpoint, corpus, rehearsal, runs, runtime, training
+from nanochat import InputError, checkpoint, corpus, processes, rehearsal, runs, runtime, training
 from nanochat.dialogue import DialogueRows
+from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
-from nanochat.runtime import MetricsLog, Stopped, read_metrics
+from nanochat.runtime import Stopped
 from nanochat.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -373,10 +374,10 @@ def test_steps_that_the_processes_of_now_cannot_share_are_refused(interrupted, s
     """A micro-step for each process, as at a start, would be another step, and so another run."""
     out = interrupted("train.py")
     before = files_in(out)
-    for processes in (3, 4):  # it has two
-        monkeypatch.setattr(runtime, "world_size", lambda processes=processes: processes)
-        monkeypatch.setattr(runtime, "from_rank_0", lambda function: function())
-        with pytest.raises(InputError, match=f"--accumulate is 2, must be a multiple of {processes}"):
+    for count in (3, 4):  # it has two
+        monkeypatch.setattr(processes, "world_size", lambda count=count: count)
+        monkeypatch.setattr(processes, "from_rank_0", lambda function: function())
+        with pytest.raises(InputError, match=f"--accumulate is 2, must be a multiple of {count}"):
             start("train.py", "--resume", "--out", out)
     assert files_in(out) == before
 

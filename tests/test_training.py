@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import product_speed
 
-from nanochat import InputError, checkpoint, runs, runtime, training
+from nanochat import InputError, checkpoint, processes, runs, runtime, training
+from nanochat.metrics import MetricsLog
 from nanochat.model import GPT, IGNORED, Batch, GPTConfig, forward_flops_per_token
-from nanochat.runtime import MetricsLog
 from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
 
 CPU = torch.device("cpu")
@@ -376,18 +376,18 @@ def test_minutes_do_not_lengthen_a_run_of_few_steps(tokenizer, tmp_path):
     assert progress.step == 5 and "val_loss" in records[-1]
 
 
-@pytest.mark.parametrize("processes, given", [(1, 1), (1, 3), (2, 2), (2, 6), (8, 24)])
-def test_what_has_no_length_gets_one_and_micro_steps_that_can_be_shared_stay(processes, given, monkeypatch):
-    monkeypatch.setattr(runtime, "world_size", lambda: processes)
+@pytest.mark.parametrize("count, given", [(1, 1), (1, 3), (2, 2), (2, 6), (8, 24)])
+def test_what_has_no_length_gets_one_and_micro_steps_that_can_be_shared_stay(count, given, monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: count)
     config = TrainConfig(accumulate=given, learning_rate=0.5)
     assert config.completed(2.5) == replace(config, max_minutes=2.5)
     assert replace(config, epochs=2).completed(2.5) == replace(config, epochs=2)
 
 
-@pytest.mark.parametrize("processes, given", [(2, 1), (2, 3), (4, 6), (8, 9)])
-def test_micro_steps_that_cannot_be_shared_evenly_are_refused(processes, given, monkeypatch):
-    monkeypatch.setattr(runtime, "world_size", lambda: processes)
-    with pytest.raises(InputError, match=f"--accumulate is {given}, must be a multiple of {processes}, the number of processes"):
+@pytest.mark.parametrize("count, given", [(2, 1), (2, 3), (4, 6), (8, 9)])
+def test_micro_steps_that_cannot_be_shared_evenly_are_refused(count, given, monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: count)
+    with pytest.raises(InputError, match=f"--accumulate is {given}, must be a multiple of {count}, the number of processes"):
         TrainConfig(accumulate=given).completed(2.5)
 
 
