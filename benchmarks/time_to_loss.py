@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="S: Hugging Face's; nanochat and its ablation get half")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="to choose Hugging Face's from")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="to choose Hugging Face's from")
     parser.add_argument("--only", choices=("hf", "ours", "ablation"))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help='such as "tokenizer 4,096"')
     parser.add_argument("--fresh", action="store_true", help=f"delete {RUNS} first")
