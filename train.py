@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from data import find
@@ -22,7 +23,8 @@ from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import TrainConfig
 
-EVALUATION_TOKENS = 250_000  # of held-out text, the same ones each time, while training; all of it at the end
+EVALUATION_TOKENS = 250_000  # of held-out text, the same ones each time, while training
+FINAL_TOKENS = 10_000_000  # at the end, or all of it if there is less: of a whole Wikipedia it would take an hour
 
 
 @dataclass
@@ -100,7 +102,7 @@ def main() -> None:
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
     folder = corpus.folder_for(source, val_source, settings.out.parent / "corpus", **given)
-    processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
+    folder = processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
     if model is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
@@ -111,12 +113,13 @@ def main() -> None:
         corpus.TokenStream(folder, split, tokenizer, block_size) for split in ("train", "val")
     )
 
-    all_batches = math.ceil((val_split.tokens - 1) / (config.batch_size * block_size))
+    def score(tokens: int, dtype: torch.dtype) -> dict[str, float]:
+        """Of the first `tokens` held-out tokens."""
+        count = math.ceil(min(val_split.tokens - 1, tokens) / (config.batch_size * block_size))
+        return evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), count), dtype, count)
 
     def evaluation() -> dict[str, float]:
-        first = min(all_batches, EVALUATION_TOKENS // (config.batch_size * block_size) + 1)
-        scores = evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), first), dtype, first)
-        return {f"val_{key}": value for key, value in scores.items()}
+        return {f"val_{key}": value for key, value in score(EVALUATION_TOKENS, dtype).items()}
 
     def sample() -> str:
         prompt = tokenizer.encode("The city of")
@@ -126,8 +129,9 @@ def main() -> None:
                    device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=resume)
 
     model = checkpoint.load(settings.out)[0].to(device)
-    scores = evaluate.score(model, tokenizer, val_split.batches(config.batch_size), total=all_batches)
-    print(f"held-out text, whole, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
+    scores = score(FINAL_TOKENS, torch.float32)
+    share = "whole" if val_split.tokens <= FINAL_TOKENS else f"its first {FINAL_TOKENS:,} tokens"
+    print(f"held-out text, {share}, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
           f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")
     print(f"wrote {settings.out}; next: python finetune.py --init {settings.out}")
 

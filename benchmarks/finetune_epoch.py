@@ -101,13 +101,16 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
             done = len(found)
             left = f", about {(time.perf_counter() - began) / done * (total - done) / 60:.0f} minutes left" if done else ""
             print(f"run {done + 1} of {total}{left}: {variant}, rate {rate:g}, seed {seed}", file=sys.stderr)
-            found[variant, rate, seed] = in_a_process(variant, rate, seed, start, args)
+            figures = found[variant, rate, seed] = in_a_process(variant, rate, seed, start, args)
+            print(json.dumps(figures), file=sys.stderr)
 
         for rate in args.learning_rates:
             for variant in args.variants:
                 measure(variant, rate, args.seeds[0])
-        best = {variant: min(args.learning_rates, key=lambda rate: found[variant, rate, args.seeds[0]]["val_loss"])
-                for variant in args.variants}
+        best = {}
+        for variant in args.variants:
+            losses = {rate: found[variant, rate, args.seeds[0]]["val_loss"] for rate in args.learning_rates}
+            best[variant] = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
         for seed in args.seeds[1:]:
             for variant in args.variants:
                 measure(variant, best[variant], seed)
@@ -205,13 +208,14 @@ def trl(variant: str, rate: float, seed: int, start: Path, conversations: list[C
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
-        """Seconds from the first step's beginning to the last one's end."""
+        """Seconds of all steps: the first, which is cold here and rehearsed in ours, counts as the mean of the others."""
 
-        def on_train_begin(self, *_, **__):
-            self.began = runtime.clock(device)
+        def on_step_end(self, args, state, *_, **__):
+            if state.global_step == 1:
+                self.began = runtime.clock(device)
 
-        def on_train_end(self, *_, **__):
-            self.seconds = runtime.clock(device) - self.began
+        def on_train_end(self, args, state, *_, **__):
+            self.seconds = (runtime.clock(device) - self.began) * state.global_step / (state.global_step - 1)
 
     windows = "windows" in variant
     if windows:  # of block_size ids, not of one more: a row of trl's is its inputs and its labels in one

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All figures of a GPU, in one command: about two hours on one card. Results land in benchmarks/results/ and docs/.
+# All figures of a GPU, in one command: about two hours on one card, once the text is cleaned and encoded (a whole dump takes hours).
 # The text must be large, such as a Wikipedia dump: in these minutes a sample would be read hundreds of times.
 #     pip install -c constraints.txt -e ".[dev,bench]" && benchmarks/gpu.sh TEXT
 set -euo pipefail
@@ -10,5 +10,5 @@ python benchmarks/train_step.py --shape 124M --device cuda    # tokens/s and MFU
 python benchmarks/train_step.py --memory --device cuda        # peak memory of a step
 python benchmarks/time_to_loss.py --device cuda --compile --seconds 1200 --seeds 0 --variants "hugging face" nanochat \
     --data "$text" --n-layer 12 --n-head 12 --n-embd 768 --tokens 1024 --batch-size 8 --rates 3e-4 6e-4 1e-3
-[ -d out/pretrained ] || python train.py
+[ -e out/pretrained/last ] || python train.py
 python benchmarks/finetune_epoch.py

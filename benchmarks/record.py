@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine(device: torch.device, packages: Iterable[str]) -> dict:
@@ -42,16 +42,15 @@ def place(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-")
 
 
-def save(name: str, device: torch.device, results: dict, packages: Iterable[str] = ("torch", "transformers")) -> Path:
-    """Write results, below where they were measured and with which versions; → the path."""
+def save(name: str, device: torch.device, results: dict, packages: Iterable[str] = ("torch", "transformers")) -> None:
+    """Write results, below where they were measured and with which versions."""
     path = ROOT / "benchmarks" / "results" / f"{name}-{place(device)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(machine(device, packages) | {"results": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(ROOT)}")
-    return path
 
 
-def bars(name: str, device: torch.device, title: str, unit: str, values: dict[str, float]) -> Path:
+def bars(name: str, device: torch.device, title: str, unit: str, values: dict[str, float]) -> None:
     """Horizontal bars, one a variant, ours in blue: docs/NAME-DEVICE.png."""
     import matplotlib
 
@@ -70,4 +69,3 @@ def bars(name: str, device: torch.device, title: str, unit: str, values: dict[st
     figure.savefig(path)
     plt.close(figure)
     print(f"wrote {path.relative_to(ROOT)}")
-    return path

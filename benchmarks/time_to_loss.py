@@ -2,17 +2,17 @@
 
 The claim under test: nanochat reaches in S/2 seconds at least the bits per byte that a tuned Hugging Face
 run reaches in S. Both train the same shape with the same tokenizer on the same crops of the same text, both
-are scored by evaluate.score on all held-out text in fp32. The clock runs only while steps are trained.
+are scored by evaluate.score on the same held-out text in fp32.
 
 nanochat: train.py's defaults. hugging face: GPT2LMHeadModel with its own loss and AdamW, no dropout, the
 allocator as it is; batch, warm-up, linear decay to zero, β₂ = 0.999 and the decay of the blocks' matrices only are
 what we found best for ours. Its rate is the best of --rates at the first seed, chosen on the held-out text itself,
-which is to its advantage. The ablation: nanochat with one part changed, S/2 seconds each; where two rates
-are given, the better one.
+which is to its advantage. The ablation: nanochat with one part changed, S/2 seconds each; where two or more rates
+are given, the best one.
 
-Each run is a process of its own (an allocator cannot be set back) and has a fixed number of steps: its seconds
-over the median time of a few steps that are then undone. One loop serves all variants; that it is train.py's
-shows in `python train.py --max-steps N`, N the steps of a nanochat run of seed 0: it ends at the same bits per byte.
+The clock runs while batches are drawn and steps are trained, and stands while they are scored. The rate falls with
+that clock, so that each run takes the seconds that it was given, however busy the machine is. (train.py's falls with
+the steps, whose number it plans beforehand.) Each run is a process of its own: an allocator cannot be set back.
 What is in out/time_to_loss/runs.jsonl is not measured again, so an interrupted measurement goes on; after a change of
 the code, begin with --fresh.
 
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import torch
 from tqdm import tqdm
@@ -42,10 +42,10 @@ import record  # noqa: E402
 
 import nanochat.model  # noqa: E402
 from data import find  # noqa: E402
-from nanochat import checkpoint, corpus, evaluate, rehearsal, runtime, training  # noqa: E402
+from nanochat import InputError, checkpoint, corpus, evaluate, rehearsal, runtime, training  # noqa: E402
 from nanochat.model import GPT, GPTConfig  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402
-from train import Settings  # noqa: E402
+from train import FINAL_TOKENS, Settings  # noqa: E402
 
 DEFAULTS = Settings()
 SHAPE = ("n_layer", "n_head", "n_embd")
@@ -58,8 +58,9 @@ CURVE_TOKENS = 100_000  # held-out tokens for a curve; the end is scored on all
 def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list[float]]]:
     """name: (all that decides a run but its seed and rate, the rates to choose from)."""
     config = DEFAULTS.training
+    fixed = {name: getattr(config, name) for name in ("warmup_steps", "beta2", "weight_decay", "clip")}
     ours = {name: getattr(args, name) for name in ("device", "tokens", *SHAPE, "batch_size", "compile")}
-    ours |= {"package": "nanochat", "data": Path(args.data).name.split(".")[0], "vocab_size": DEFAULTS.vocab_size,
+    ours |= fixed | {"package": "nanochat", "vocab_size": DEFAULTS.vocab_size,
              "optimizer": config.optimizer, "schedule": "linear", "crops": "once an epoch", "attention": "own",
              "keep_memory": True, "dtype": dtype, "threads": torch.get_num_threads(),
              "seconds": args.seconds / 2, "points": POINTS}
@@ -79,15 +80,10 @@ def variants(args: argparse.Namespace, dtype: str) -> dict[str, tuple[dict, list
         changes["fp32"] = {"dtype": "float32"}
     if torch.device(args.device).type == "cpu":  # neither differs on a GPU
         changes |= {"fused attention kernel": {"attention": "fused"}, "allocator as it is": {"keep_memory": False}}
-    rates = {"AdamW instead of Muon": [1e-3, 3e-3], f"batch {2 * batch}": [rate, 1.5 * rate]}
+    rates = {"AdamW instead of Muon": args.rates, f"batch {2 * batch}": [rate, 1.5 * rate]}
     kept = {KEPT: (theirs | {"keep_memory": True}, [])} if torch.device(args.device).type == "cpu" else {}
     return {THEIRS: (theirs, args.rates), **kept, OURS: (ours, [rate]),
             **{name: (ours | {"points": 1} | change, rates.get(name, [rate])) for name, change in changes.items()}}
-
-
-def corpus_folder(job: dict) -> Path:
-    """Where the text is, as tokens: one folder a tokenizer."""
-    return Path("out/corpus") / f"time-to-loss-{job['data']}-{job['vocab_size']}"
 
 
 # ------------------------------------------------------------------ one run, in a process of its own
@@ -100,27 +96,27 @@ def measure(job: dict) -> dict:
     if job["attention"] == "fused":
         nanochat.model.attention = peers.fused_attention
     device, rows, tokens = torch.device(job["device"]), job["batch_size"], job["tokens"]
-    tokenizer = Tokenizer.load(corpus_folder(job))
-    train, val = (corpus.TokenStream(corpus_folder(job), split, tokenizer, tokens) for split in ("train", "val"))
+    tokenizer = Tokenizer.load(job["corpus"])
+    train, val = (corpus.TokenStream(job["corpus"], split, tokenizer, tokens) for split in ("train", "val"))
     torch.manual_seed(job["seed"])
     model, optimizer = build(job, tokenizer.vocab_size)
-    network, step_seconds, compile_seconds = rehearse(job, model, optimizer, train)
-    steps = max(1, int(job["seconds"] / step_seconds))
+    network, compile_seconds = warmed_up(job, model, optimizer, train)
 
-    batches = math.ceil((val.tokens - 1) / (rows * tokens))
+    batches = math.ceil(min(val.tokens - 1, FINAL_TOKENS) / (rows * tokens))
     some = min(batches, CURVE_TOKENS // (rows * tokens) + 1)
-    points = {math.ceil(steps * k / job["points"]) for k in range(1, job["points"] + 1)}
-    seconds, curve, started = 0.0, [], runtime.clock(device)
-    for number, batch in enumerate(islice(crops(job, train), steps)):
-        take_step(job, network, model, optimizer, batch, rate_factor(job, number, steps))
-        if number + 1 in points:
-            seconds += runtime.clock(device) - started
+    points = [job["seconds"] * k / job["points"] for k in range(1, job["points"] + 1)]
+    drawn, seconds, steps, curve = crops(job, train), 0.0, 0, []
+    while seconds < job["seconds"]:
+        started = runtime.clock(device)
+        take_step(job, network, model, optimizer, next(drawn), rate_factor(job, steps, seconds / job["seconds"]))
+        seconds += runtime.clock(device) - started
+        steps += 1
+        if seconds >= points[len(curve)]:
             curve.append([round(seconds, 2), bits_per_byte(model, tokenizer, islice(val.batches(rows), some))])
-            started = runtime.clock(device)
+    at_end = curve[-1][1] if some == batches else bits_per_byte(model, tokenizer, islice(val.batches(rows), batches))
     return {name: job[name] for name in ("variant", "seed", "learning_rate")} | {
         "seconds": round(seconds, 2), "steps": steps, "epochs": round(steps * rows / len(train), 2),
-        "compile_seconds": compile_seconds, "curve": curve,
-        "bits_per_byte": curve[-1][1] if some == batches else bits_per_byte(model, tokenizer, val.batches(rows)), "job": job}
+        "compile_seconds": compile_seconds, "curve": curve, "bits_per_byte": at_end, "job": job}
 
 
 def build(job: dict, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Optimizer | training.MuonAndAdamW]:
@@ -137,23 +133,23 @@ def build(job: dict, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Opti
 def crops(job: dict, train: corpus.TokenStream) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The (inputs, targets) of each step, without end."""
     rows, tokens = job["batch_size"], job["tokens"]
-    if job["crops"] == "once an epoch":
-        for position in count(0, rows):
-            yield train.batch(training.example_order(position, rows, len(train), job["seed"])).to(job["device"])[:2]
-    stream = torch.cat([train.batch([i]).inputs[0] for i in range(len(train))])
     generator = torch.Generator().manual_seed(job["seed"])
-    while True:  # from any token on
-        starts = torch.randint(len(stream) - tokens, (rows,), generator=generator).tolist()
-        drawn = torch.stack([stream[s : s + tokens + 1] for s in starts]).to(job["device"])
-        yield drawn[:, :-1], drawn[:, 1:]
+    for position in count(0, rows):
+        if job["crops"] == "random":  # from any token on
+            starts = torch.randint(train.tokens - tokens, (rows,), generator=generator).tolist()
+            drawn = torch.stack([torch.from_numpy(train.ids(start, start + tokens + 1)) for start in starts]).to(job["device"])
+            yield drawn[:, :-1], drawn[:, 1:]
+        else:
+            yield train.batch(training.example_order(position, rows, len(train), job["seed"])).to(job["device"])[:2]
 
 
-def rate_factor(job: dict, number: int, steps: int) -> float:
-    """Share of the peak rate in step `number`: the loop's own schedule, or a cosine that ends at a tenth."""
-    warm_up = DEFAULTS.training.warmup_steps
-    if job["schedule"] == "linear" or number < warm_up:
-        return training.learning_rate_factor(number, steps, warm_up)
-    return 0.55 + 0.45 * math.cos(math.pi * (number - warm_up) / (steps - warm_up))
+def rate_factor(job: dict, step: int, done: float) -> float:
+    """Share of the peak rate: it rises over the first steps, then falls to zero with the share `done` of the seconds.
+
+    The cosine instead ends at a tenth.
+    """
+    fallen = 1 - done if job["schedule"] == "linear" else 0.55 + 0.45 * math.cos(math.pi * done)
+    return min((step + 1) / (job["warmup_steps"] + 1), fallen)
 
 
 def take_step(job: dict, network, model, optimizer, batch: tuple[torch.Tensor, torch.Tensor], factor: float) -> None:
@@ -167,15 +163,15 @@ def take_step(job: dict, network, model, optimizer, batch: tuple[torch.Tensor, t
         else:  # shift_labels: the targets as they are, or it would learn from one fewer a row
             loss = network(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS.training.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job["clip"])
     if job["package"] == "nanochat":  # training.train looks at both in each step, for which a GPU waits
         loss.item(), norm.item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def rehearse(job: dict, model, optimizer, train: corpus.TokenStream) -> tuple[torch.nn.Module, float, float | None]:
-    """Real steps, then everything put back: → (the network that is to step, seconds of a step, of compiling)."""
+def warmed_up(job: dict, model, optimizer, train: corpus.TokenStream) -> tuple[torch.nn.Module, float | None]:
+    """Some real steps, then all is put back: → (the network that is to step, seconds that compiling took)."""
     device, start, network = torch.device(job["device"]), copy.deepcopy(model.state_dict()), model
     clocks = [runtime.clock(device)]
     if job["compile"] and job["package"] == "nanochat":
@@ -184,14 +180,14 @@ def rehearse(job: dict, model, optimizer, train: corpus.TokenStream) -> tuple[to
         assert network is not model, "the compiler does not work here"
     elif job["compile"]:
         network = torch.compile(model, dynamic=False)
-    for number, batch in enumerate(islice(crops(job, train), 12)):
-        take_step(job, network, model, optimizer, batch, rate_factor(job, number, 12))
+    for batch in islice(crops(job, train), 4):
+        take_step(job, network, model, optimizer, batch, 0.1)
         clocks.append(runtime.clock(device))
-    usual = median(after - before for before, after in zip(clocks[2:], clocks[3:]))
     model.load_state_dict(start)
     for part in getattr(optimizer, "parts", [optimizer]):
         part.state.clear()
-    return network, usual, round(clocks[1] - clocks[0] - usual, 1) if job["compile"] else None
+    first, *_, last = [after - before for before, after in zip(clocks, clocks[1:])]
+    return network, round(first - last, 1) if job["compile"] else None
 
 
 def bits_per_byte(model, tokenizer: Tokenizer, batches: Iterator) -> float:
@@ -213,11 +209,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="S: Hugging Face's; nanochat and its ablation get half")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="to choose Hugging Face's from")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="to choose Hugging Face's from")
     parser.add_argument("--only", choices=("hf", "ours", "ablation"))
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help='such as "tokenizer 4,096"')
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help='such as "tokenizer 4,096"; in place of --only')
     parser.add_argument("--fresh", action="store_true", help=f"delete {RUNS} first")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="both sides")
     parser.add_argument("--data", default=DEFAULTS.data)
     parser.add_argument("--tokens", type=int, default=DEFAULTS.block_size, help="in a crop")
@@ -230,8 +226,11 @@ def main() -> None:
         print(json.dumps(measure(json.loads(args.job))))
         return
 
+    if args.seconds <= 0 or args.batch_size < 2:
+        parser.error("--seconds must be above 0 and --batch-size at least 2: the ablation halves it")
     args.data = str(find(args.data))
     device = runtime.pick_device(args.device)
+    args.device = str(device)
     dtype = "bfloat16" if device.type == "cuda" else str(runtime.pick_dtype("auto", device)).removeprefix("torch.")
     plan = variants(args, dtype)
     groups = {"hf": [name for name in (THEIRS, KEPT) if name in plan], "ours": [OURS], "ablation": [name for name in plan if name not in (THEIRS, KEPT, OURS)]}
@@ -240,8 +239,11 @@ def main() -> None:
         wanted = [THEIRS, *wanted]  # whose rate it takes
     if unknown := [name for name in wanted if name not in plan]:
         parser.error(f"--variants: {unknown} not among {list(plan)}")
-    for folder, vocab_size in {corpus_folder(plan[name][0]): plan[name][0]["vocab_size"] for name in wanted}.items():
-        corpus.prepare(args.data, folder, vocab_size=vocab_size)
+    for name, (job, _) in plan.items():
+        folder = corpus.folder_for(args.data, None, Path("out/corpus"), vocab_size=job["vocab_size"])
+        job["corpus"] = str(folder)  # of the text as it is now
+        if name in wanted:
+            corpus.prepare(args.data, folder, vocab_size=job["vocab_size"])
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         RUNS.unlink(missing_ok=True)
@@ -262,10 +264,12 @@ def main() -> None:
                 with RUNS.open("a") as file:
                     print(json.dumps(done[key]), file=file)
             else:
-                bar.write(f"{name}, seed {seed}: failed: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
+                failed.append(f"{name}, seed {seed}: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
+                bar.write(failed[-1])
             bar.update(job["seconds"])
         return done.get(key)
 
+    failed: list[str] = []
     tried: dict[str, list[dict]] = {}  # one run a rate, at the first seed
     best: dict[str, list[dict]] = {}  # one run a seed, at the best rate
     total = sum(plan[name][0]["seconds"] * (max(1, len(plan[name][1])) + len(args.seeds) - 1) for name in wanted)
@@ -279,6 +283,8 @@ def main() -> None:
             for runs in best.values():
                 if one := run(runs[0]["variant"], seed, runs[0]["learning_rate"]):
                     runs.append(one)
+    if failed:
+        raise InputError(f"{len(failed)} runs failed, so nothing is saved but {RUNS}; the first: {failed[0]}")
     rows = summary(best)
     verdicts = [verdict(best, rows, name) for name in (THEIRS, KEPT) if {name, OURS} <= best.keys()]
     print(*verdicts, sep="\n")

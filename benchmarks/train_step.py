@@ -9,7 +9,7 @@ nanochat   model(inputs, targets) as training.py calls it; compiled by rehearsal
 
 All take the same random tokens and the same optimizer, in one process, in turn: variant A, B, C, …, A, B, C, …
 A noisy machine then slows all alike; ratios are medians over the rounds of (reference's seconds) /
-(variant's seconds in the same round). fp32 is without TF32. The share of peak is 3 · forward_flops_per_token
+(variant's seconds in the same round). fp32 is without TF32. The share of peak is 3 · forward_flops
 over the FLOP/s that a large square product of the same type reached between the steps.
 """
 
@@ -32,7 +32,7 @@ import peers  # noqa: E402
 import record  # noqa: E402
 
 from nanochat import InputError, rehearsal, runtime  # noqa: E402
-from nanochat.model import GPT, Batch, GPTConfig, forward_flops_per_token  # noqa: E402
+from nanochat.model import GPT, Batch, GPTConfig, forward_flops  # noqa: E402
 from nanochat.runtime import clock  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +40,7 @@ FAMILIES = {"plain": "plain PyTorch", "hf": "Hugging Face", "nanochat": "nanocha
 SHAPES = {  # the network, then rows and tokens of a step on a CPU and on a GPU
     "124M": (dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768), {"cpu": (2, 512), "cuda": (32, 1024)}),
     "6x384": (dict(vocab_size=512, n_layer=6, n_head=6, n_embd=384), {"cpu": (16, 256), "cuda": (16, 256)}),
-    "default": (dict(vocab_size=8192, n_layer=4, n_head=4, n_embd=256), {"cpu": (4, 256), "cuda": (4, 256)}),
+    "default": (dict(vocab_size=8192, n_layer=4, n_head=4, n_embd=256), {"cpu": (8, 256), "cuda": (8, 256)}),
 }
 VARIANTS = ["plain-fp32", "plain-bf16", "plain-bf16-compiled", "hf-fp32", "hf-fp32-compiled", "hf-bf16", "hf-bf16-compiled",
             "nanochat-fp32", "nanochat-fp32-compiled", "nanochat-bf16", "nanochat-bf16-compiled"]
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the peak of one variant, here and now
     args = parser.parse_args()
     device = runtime.pick_device(args.device)
-    known = VARIANTS + ON_CUDA + OF_MEMORY[-1:] * (args.memory or args.one)
+    known = VARIANTS + ON_CUDA + (["nanochat-bf16-recompute"] if args.memory or args.one else [])
     if unknown := set(args.variants or []) - set(known):
         raise InputError(f"--variants: {', '.join(unknown)}: must be of {', '.join(known)}")
     if args.rounds < 2:
@@ -207,7 +207,7 @@ def compare_time(args: argparse.Namespace, config: GPTConfig, device: torch.devi
             "tokens_per_second": speed,
             "times_reference": median(ratios),
             "quartiles": quantiles(ratios, n=4)[::2],
-            "share_of_peak": 3 * forward_flops_per_token(config) * speed / peak[name.split("-")[1]],
+            "share_of_peak": 3 * forward_flops(config) * speed / peak[name.split("-")[1]],
             "seconds": [round(s, 6) for s in seconds[name]],
         }
     print("matrix products: " + ", ".join(f"{value / 1e12:.3g} TFLOP/s in {short}" for short, value in peak.items()))

@@ -155,7 +155,7 @@ class TokenStream:
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"crops {list(indices)}: this stream has 0 … {len(self) - 1}")
         starts = [index * self.block_size for index in indices]
-        rows = np.stack([self._ids(start, start + self.block_size + 1) for start in starts])
+        rows = np.stack([self.ids(start, start + self.block_size + 1) for start in starts])
         rows = torch.from_numpy(rows)  # (B, T + 1)
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
@@ -168,13 +168,13 @@ class TokenStream:
         for start in range(0, last, batch_size * self.block_size):
             count = min(batch_size * self.block_size, last - start)
             rows = -(-count // self.block_size)
-            ids = torch.from_numpy(self._ids(start, start + count + 1))
+            ids = torch.from_numpy(self.ids(start, start + count + 1))
             inputs = torch.full((rows * self.block_size,), self.end_of_text)
             targets = torch.full((rows * self.block_size,), IGNORED)
             inputs[:count], targets[:count] = ids[:-1], ids[1:]
             yield Batch(inputs.view(rows, -1), targets.view(rows, -1))
 
-    def _ids(self, start: int, stop: int) -> np.ndarray:
+    def ids(self, start: int, stop: int) -> np.ndarray:
         """Ids start … stop - 1 of the row, int64, from as many shards as they lie in."""
         parts = []
         for (path, header), first in zip(self.shards, self.starts, strict=False):

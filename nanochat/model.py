@@ -353,15 +353,16 @@ class LayerCache(NamedTuple):
         return self.keys_values[0, :, :, : self.end], self.keys_values[1, :, :, : self.end]
 
 
-def forward_flops_per_token(config: GPTConfig, T: int | None = None) -> int:
-    """Multiply-adds count as two; a token's share of products with T keys, block_size of them if not said.
+def forward_flops(config: GPTConfig, tokens: int = 1, supervised: int | None = None, T: int | None = None) -> int:
+    """Of a forward pass of so many tokens in rows of T (block_size if not said); multiply-adds count as two.
 
-    2·(weights in products) + 4·n_layer·T·C for q kᵀ and the weighted sum of v (Kaplan et al.
-    2020, table 1). Training costs three times this: backward is two products per forward one.
+    A token: 2·(weights in the blocks' products) + 4·n_layer·T·C for q kᵀ and the weighted sum of v
+    (Kaplan et al. 2020, table 1). The head: 2·V·C for each of the supervised tokens, all if not said.
+    Training costs three times this: backward is two products per forward one (recomputation not counted).
     """
     C, L = config.n_embd, config.n_layer
-    weights = L * 12 * C * C + config.vocab_size * C
-    return 2 * weights + 4 * L * (T or config.block_size) * C
+    a_token = 2 * L * 12 * C * C + 4 * L * (T or config.block_size) * C
+    return tokens * a_token + (tokens if supervised is None else supervised) * 2 * config.vocab_size * C
 
 
 def main() -> None:
@@ -384,7 +385,7 @@ def main() -> None:
     for name, p in model.named_parameters():
         print(f"{name:<28}{' x '.join(map(str, p.shape)):>16}{p.numel():>14,}{p.numel() / total:>8.2%}")
     print(f"{'total':<44}{total:>14,}")
-    forward = forward_flops_per_token(config)
+    forward = forward_flops(config)
     print(f"\nforward  {forward / 1e6:,.1f} MFLOP per token at T = {config.block_size:,}")
     print(f"training {3 * forward / 1e6:,.1f} MFLOP per token")
     print(f"memory   {4 * total / 1e6:,.0f} MB of fp32 weights; AdamW training holds four such copies")

@@ -13,10 +13,18 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
+from nanochat import InputError
+
 
 def join() -> None:
-    """Meet the other processes that torchrun started, if it did; from here on only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Meet the other processes that torchrun started, if it did; from here on only rank 0 prints.
+
+    Raises InputError if something else has set WORLD_SIZE, and not the rest.
+    """
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1" and not dist.is_initialized():
+        if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise InputError(f"WORLD_SIZE is {count}, but {missing[0]} is not set: start several processes with torchrun, "
+                             "or one with WORLD_SIZE=1")
         # gloo for what lies on the CPU, NCCL for gradients on GPUs. Rank 0 may prepare a corpus for hours while
         # the others wait; if a process dies, it is torchrun that ends the others, not this limit.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

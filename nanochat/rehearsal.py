@@ -21,8 +21,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat import InputError, processes, runs, runtime
-from nanochat.model import GPT, LOSS_CHUNK, Batch, forward_flops_per_token
+from nanochat import InputError, processes, runs
+from nanochat.model import GPT, LOSS_CHUNK, Batch
 from nanochat.runtime import autocast, clock, out_of_memory, rng_state, set_rng_state
 
 WORTH_A_TRIAL = 600  # seconds of a run from which on --compile auto tries the compiler: that takes up to a minute
@@ -43,18 +43,18 @@ def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch
     random_state, mode = rng_state(device), model.training
     model.train()
     timed = partial(time_steps, optimizer=optimizer, batch=batch, micro_steps=micro_steps, dtype=dtype, seconds=seconds)
-    network, step = model, math.inf
+    network, micro_step, step = model, math.inf, math.inf
     try:
         if compiling != "yes":
-            step = timed(model)
+            micro_step, step = timed(model)
         if compiling == "yes" or (compiling == "auto" and length(step) > WORTH_A_TRIAL):
             candidate = compiled(model, optimizer, batch, dtype)
-            seconds_compiled = timed(candidate)  # also where it did not compile: all processes time together
-            if seconds_compiled < 0.97 * step:
-                network, step = candidate, seconds_compiled
+            times = timed(candidate)  # also where it did not compile: all processes time together
+            if times[1] < 0.97 * step:
+                network, (micro_step, step) = candidate, times
         if processes.world_size() > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-            step = step * (1 - 1 / micro_steps) + timed(network, micro_steps=1)  # only the last micro-step waits for others
+            step = (micro_steps - 1) * micro_step + timed(network, micro_steps=1)[1]  # only the last one waits for others
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -98,14 +98,15 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype, seconds: float) -> float:
-    """Median seconds of a step, over all processes and about `seconds`."""
-    rounds: list[float] = []
-    while len(rounds) < 3 or (sum(rounds) < seconds and len(rounds) < 12):
+def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype,
+               seconds: float) -> tuple[float, float]:
+    """Median seconds of a micro-step and of a step, over all processes and about `seconds`."""
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < 3 or (sum(step for _, step in rounds) < seconds and len(rounds) < 12):
         micro_step, update = one_round(network, optimizer, batch, dtype)
-        total = processes.sum_over_ranks(micro_steps * micro_step + update)[0]  # all of them take as many rounds
-        rounds.append(total / processes.world_size())
-    return median(rounds[1:])  # the first round warms up
+        sums = processes.sum_over_ranks(micro_step, micro_steps * micro_step + update)  # all of them take as many rounds
+        rounds.append(tuple(total / processes.world_size() for total in sums))
+    return tuple(map(median, zip(*rounds[1:])))  # the first round warms up
 
 
 def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
@@ -124,16 +125,6 @@ def one_round(network: nn.Module, optimizer, batch: Batch, dtype: torch.dtype) -
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return middle - start, clock(device) - middle
-
-
-def full_speed(model: GPT, tokens: int, dtype: torch.dtype) -> float:
-    """Tokens a second, in rows of `tokens`, if this device did nothing but products at their measured peak.
-
-    The model FLOPs utilisation (MFU; Chowdhery et al. 2022, appendix B) is the share of it that a
-    run reaches: the blocks' and the head's products three times, no recomputation counted.
-    """
-    peak = runtime.product_speed(model.wte.weight.device, dtype)
-    return peak / (3 * forward_flops_per_token(model.config, tokens))
 
 
 # ------------------------------------------------------------------ memory

@@ -184,7 +184,9 @@ def run_as_script(main: Callable[[], None]) -> None:
         processes.leave(0)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
-        sys.exit(128 + 13)
+        sys.exit(say("", 128 + 13))
+    except SystemExit as end:  # of --help, or of a wrong flag
+        sys.exit(say("", end.code or 0))
     except InputError as error:
         sys.exit(say(f"error: {error}", 2))
     except OSError as error:

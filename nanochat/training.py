@@ -12,7 +12,8 @@ A resumed run is the run that it would have been: a checkpoint holds all that a 
 and the order of the examples is a function of one counter.
 
 Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon;
-linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018.
+linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018; MFU, the share of the
+devices' measured peak that the network's products reach, Chowdhery et al. 2022, appendix B.
 """
 
 from __future__ import annotations  # train() stands above the settings that it takes
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from nanochat import InputError, processes, rehearsal, runs, runtime
 from nanochat.metrics import MetricsLog, draw_losses
-from nanochat.model import GPT, IGNORED, Batch
+from nanochat.model import GPT, IGNORED, Batch, forward_flops
 from nanochat.runtime import autocast, rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network, progress, record, conditions = begin(
         model, optimizer, scaler, data, held_out, config, out, settings, dtype, resume)
-    full_speed = rehearsal.full_speed(model, data.block_size, dtype) * world_size
+    peak = runtime.product_speed(device, dtype) * world_size  # FLOP/s of all processes
     model.train()
     batches, supervised = draw(data, progress.examples, config, device)
     with (closing(MetricsLog(out / "metrics.jsonl", before=progress.step)) as log,
@@ -97,6 +98,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             tokens = sum(batch.inputs.numel() for batch in batches)
             loss_value, tokens = processes.sum_over_ranks(step_loss.item(), tokens)
+            flops = 3 * forward_flops(model.config, tokens, supervised, data.block_size)
             norm_value = grad_norm.item()
             stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
@@ -113,7 +115,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             seconds = time.perf_counter() - started
             progress.seconds += seconds
             record = dict(step=progress.step, loss=loss_value, learning_rate=rate * config.learning_rate, grad_norm=norm_value,
-                          tokens_per_second=tokens / seconds, mfu=tokens / seconds / full_speed, seconds=progress.seconds)
+                          tokens_per_second=tokens / seconds, mfu=flops / seconds / peak, seconds=progress.seconds)
             stop_signal = runtime.signal_received()
             if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
                 state = snapshot(progress, record, model, optimizer, scaler) | {"conditions": conditions}
@@ -530,7 +532,8 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     that would make it another run.
     """
     try:  # flags stand at False here: a default of True would change their names
-        saved, _ = (resume["conditions"][name] for name in ("settings", "processes"))
+        saved = resume["conditions"]["settings"]
+        resume["conditions"]["processes"]  # versions before did not note it
         plain = saved | {"out": settings.out, "resume": False, "overwrite": False}
         began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"recompute": False})})
     except (KeyError, TypeError) as error:

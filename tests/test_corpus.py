@@ -99,7 +99,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def row(stream: TokenStream) -> list[int]:
-    return stream._ids(0, stream.tokens).tolist()
+    return stream.ids(0, stream.tokens).tolist()
 
 
 # cleaning

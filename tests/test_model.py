@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import InputError, model
-from nanochat.model import GPT, IGNORED, GPTConfig, forward_flops_per_token
+from nanochat.model import GPT, IGNORED, GPTConfig, forward_flops
 from nanochat.runtime import autocast
 
 
@@ -235,9 +235,16 @@ def test_flops_agree_with_torchs_counter(monkeypatch):
     monkeypatch.setattr(model, "attention", model.attention_formula)  # it does not count the fused one on a CPU
     config = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
     gpt = GPT(config)
-    with FlopCounterMode(display=False) as counter:
-        gpt(torch.zeros(1, 16, dtype=torch.long))
-    assert counter.get_total_flops() == 16 * forward_flops_per_token(config)
+    tokens = torch.zeros(3, 10, dtype=torch.long)
+    targets = torch.where(torch.arange(30) < 7, 0, IGNORED).view(3, 10)
+    for arguments, expected in [
+        ((torch.zeros(1, 16, dtype=torch.long),), 16 * forward_flops(config)),
+        ((tokens,), forward_flops(config, 30, T=10)),
+        ((tokens, targets), forward_flops(config, 30, 7, T=10)),
+    ]:
+        with FlopCounterMode(display=False) as counter:
+            gpt(*arguments)
+        assert counter.get_total_flops() == expected
 
 
 def test_the_table_lists_every_tensor_and_the_total():

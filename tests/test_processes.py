@@ -18,7 +18,7 @@ from test_training import BLOCK, RandomExamples, assert_equal_states, run, tiny,
 
 from nanochat import checkpoint, evaluate, processes, runs, runtime, training
 from nanochat.metrics import read_metrics
-from nanochat.model import Batch, forward_flops_per_token
+from nanochat.model import Batch, forward_flops
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import example_order
 
@@ -166,7 +166,7 @@ def test_two_processes_take_the_steps_of_one(name, optimizer, both):
 def test_two_processes_log_what_one_does_once(name, optimizer, both, tokenizer):
     one, two = (read_metrics(out / f"{name}-{optimizer}" / "metrics.jsonl") for out in both[:2])
     assert [record["step"] for record in two] == [1, 2, 3, 4, 5, 6]
-    flops = 3 * forward_flops_per_token(tiny(tokenizer).config, BLOCK)
+    flops = 3 * forward_flops(tiny(tokenizer).config, 12 * BLOCK, sum(STEPS[name]), BLOCK) / (12 * BLOCK)  # a token
     for expected, record in zip(one, two):
         assert record.keys() == expected.keys()
         for key in {"loss", "grad_norm", "learning_rate", "val_loss"} & record.keys():
@@ -293,6 +293,13 @@ def test_wrong_input_is_said_once_and_ends_all_processes(name, flags, expected, 
     assert any(line.startswith("error: ") and expected in line for line in lines), done.stderr
     assert not any(f'File "{ROOT / folder}' in line for folder in (name, "nanochat") for line in lines), done.stderr
     assert "exitcode  : 2" in done.stderr.replace("\t", " ") and not list(tmp_path.rglob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_is_said_once_and_ends_all_processes(tmp_path):
+    done = torchrun(ROOT / "train.py", "--temprature", 1, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("Unrecognized options: --temprature") == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr.replace("\t", " ") and "Traceback" not in done.stderr, done.stderr
 
 
 # One process gives a signal, to itself or to torchrun, in step 5, and waits there until it has it.

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import RandomExamples, run, tiny
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from nanochat import InputError, checkpoint, rehearsal, runs, runtime, training
+from nanochat import InputError, checkpoint, processes, rehearsal, runs, runtime, training
 from nanochat.model import GPT, Batch, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import TrainConfig, build_optimizer
@@ -76,6 +77,15 @@ def test_the_time_of_a_step_counts_its_micro_steps_and_not_the_first(tokenizer, 
     monkeypatch.setattr(rehearsal, "one_round", lambda *_: next(times))
     model = tiny(tokenizer)
     assert rehearse(model, build_optimizer(model, TrainConfig()), micro_steps=8)[1] == 8 * 4 + 1
+
+
+def test_of_several_processes_only_the_last_micro_step_waits_for_the_others(tokenizer, monkeypatch):
+    model, shared = tiny(tokenizer), nn.Module()
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(rehearsal, "DistributedDataParallel", lambda network, **_: shared)
+    times = {(model, 8): (3.0, 8 * 3.0 + 1), (shared, 1): (5.0, 5.0 + 1)}
+    monkeypatch.setattr(rehearsal, "time_steps", lambda network, micro_steps, **_: times[network, micro_steps])
+    assert rehearse(model, build_optimizer(model, TrainConfig()), micro_steps=8) == (shared, 7 * 3 + 5 + 1)
 
 
 # ------------------------------------------------------------------ compiler
@@ -145,7 +155,7 @@ def test_auto_takes_the_compiled_network_where_its_steps_are_faster(share, taken
     """By three percent at least, which the clock can tell."""
     model, candidate = tiny(tokenizer), tiny(tokenizer)
     monkeypatch.setattr(rehearsal, "compiled", lambda *_: candidate)
-    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: 2.0 if network is model else 2.0 * share)
+    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: (0.1, 2.0 if network is model else 2.0 * share))
     chosen = rehearse(model, build_optimizer(model, TrainConfig()), compiling="auto", minutes=60)
     assert chosen == ((candidate, 2.0 * share) if taken else (model, 2.0))
 
@@ -154,7 +164,7 @@ def test_yes_takes_the_compiled_network_untimed_against_the_other_and_no_never_t
     model, candidate = tiny(tokenizer), tiny(tokenizer)
     timed = []
     monkeypatch.setattr(rehearsal, "compiled", lambda *_: candidate)
-    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: timed.append(network) or 2.0)
+    monkeypatch.setattr(rehearsal, "time_steps", lambda network, **_: timed.append(network) or (0.1, 2.0))
     assert rehearse(model, build_optimizer(model, TrainConfig()), compiling="yes") == (candidate, 2.0)
     assert rehearse(model, build_optimizer(model, TrainConfig()), compiling="no", minutes=60) == (model, 2.0)
     assert timed == [candidate, model]
@@ -170,7 +180,7 @@ def test_a_resumed_run_is_compiled_if_it_began_so(began_compiled, compile_flag, 
         with monkeypatch.context() as machine:
             counter = counting(machine)
             machine.setattr(rehearsal, "WORTH_A_TRIAL", 0)
-            machine.setattr(rehearsal, "time_steps", lambda network, **_: 1.0 if ("layer" in vars(network)) == compiler_pays else 2.0)
+            machine.setattr(rehearsal, "time_steps", lambda network, **_: (0.1, 1.0 if ("layer" in vars(network)) == compiler_pays else 2.0))
             if compile_flag == "yes" and not compiler_pays and not state:
                 machine.setattr(torch, "compile", raising)
             model = tiny(tokenizer, dropout=0.1) if not state else checkpoint.load(tmp_path / "last")[0]

@@ -692,6 +692,27 @@ def test_a_text_that_changes_gets_a_corpus_of_its_own(start, tmp_path, monkeypat
     assert len(list((tmp_path / "out" / "corpus").glob("text-*/corpus.json"))) == 2
 
 
+def test_a_corpus_that_was_prepared_beforehand_is_trained_on(start, tmp_path, monkeypatch, capsys):
+    """As the README has it: python -m nanochat.corpus TEXT FOLDER, then train.py --data FOLDER; and resumed."""
+    monkeypatch.chdir(tmp_path)
+    shards = corpus.prepare(SAMPLES / "garden.txt", tmp_path / "shards", vocab_size=384)
+    flags = flags_of("train.py", "--max-steps", 4, "--save-every", 2, "--data", shards)
+    start("train.py", *flags, "--out", "out/prepared")
+    assert not list((tmp_path / "out").glob("corpus*"))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "out/prepared/metrics.jsonl")]
+    start("train.py", *flags, "--data", SAMPLES / "garden.txt", "--out", "out/whole")
+    assert losses == [record["loss"] for record in read_metrics(tmp_path / "out/whole/metrics.jsonl")]
+    shutil.rmtree(tmp_path / "out/prepared/step-000004")
+    start("train.py", "--resume", "--out", "out/prepared")
+    assert losses == [record["loss"] for record in read_metrics(tmp_path / "out/prepared/metrics.jsonl")]
+
+
+def test_of_much_held_out_text_only_the_first_tokens_are_scored_at_the_end(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SCRIPTS["train.py"], "FINAL_TOKENS", 20)
+    start("train.py", *flags_of("train.py", "--max-steps", 2), "--out", tmp_path / "out")
+    assert "held-out text, its first 20 tokens, fp32, best checkpoint: " in capsys.readouterr().out
+
+
 def test_a_signal_with_a_dead_standard_error_still_saves(tokenizer, tmp_path, monkeypatch):
     """As in `train.py 2>&1 | tee log` when Ctrl-C reaches tee first."""
     def broken(*_):

@@ -47,6 +47,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_one_of_several_processes_that_are_not_torchruns_is_refused(folder):
+    refused = script("sample.py", "--prompt", "Hello", cwd=folder, WORLD_SIZE="4")
+    assert last_line(refused) == ("error: WORLD_SIZE is 4, but RANK is not set: start several processes with torchrun, "
+                                  "or one with WORLD_SIZE=1")
+
+
 def test_pretraining_leaves_a_complete_run_folder(folder):
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert "bits per byte" in log and "settings: {" in log

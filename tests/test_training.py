@@ -12,7 +12,7 @@ from conftest import product_speed
 
 from nanochat import InputError, checkpoint, processes, runs, runtime, training
 from nanochat.metrics import MetricsLog
-from nanochat.model import GPT, IGNORED, Batch, GPTConfig, forward_flops_per_token
+from nanochat.model import GPT, IGNORED, Batch, GPTConfig, forward_flops
 from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
 
 CPU = torch.device("cpu")
@@ -495,10 +495,11 @@ def test_mfu_is_the_share_of_the_peak_that_three_forward_passes_a_token_take(tok
     model = tiny(tokenizer, block_size=40)
     _, records = run(model, RandomExamples([9] * 4), tmp_path, tokenizer, dtype=torch.bfloat16, accumulate=2)
     assert asked == [(CPU, torch.bfloat16)]
-    flops = 3 * forward_flops_per_token(model.config, BLOCK)  # of the rows, not of the longest that the model takes
-    assert flops < 3 * forward_flops_per_token(model.config)
+    # of rows of BLOCK, not of the longest that the model takes; and the head only where it was computed
+    flops = 3 * forward_flops(model.config, BLOCK, 9, BLOCK)
+    assert flops < 3 * forward_flops(model.config, BLOCK, 9) < 3 * forward_flops(model.config, BLOCK)
     for record in records:
-        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / 2.5e9, rel=1e-9)
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] / BLOCK * flops / 2.5e9, rel=1e-9)
 
 
 def test_the_speed_of_products_is_their_operations_over_the_median_time(monkeypatch):
