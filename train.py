@@ -76,7 +76,7 @@ PRESETS = {
 
 
 def main() -> None:
-    """Assemble a run, train, and score the best checkpoint on all held-out text."""
+    """Assemble a run, train, and score the best checkpoint on held-out text."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
     if settings.preset != "laptop":

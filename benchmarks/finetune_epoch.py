@@ -215,7 +215,7 @@ def trl(variant: str, rate: float, seed: int, start: Path, conversations: list[C
                 self.began = runtime.clock(device)
 
         def on_train_end(self, args, state, *_, **__):
-            self.seconds = (runtime.clock(device) - self.began) * state.global_step / (state.global_step - 1)
+            self.seconds = (runtime.clock(device) - self.began) * state.global_step / max(1, state.global_step - 1)
 
     windows = "windows" in variant
     if windows:  # of block_size ids, not of one more: a row of trl's is its inputs and its labels in one

@@ -186,7 +186,7 @@ def run_as_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
         sys.exit(say("", 128 + 13))
     except SystemExit as end:  # of --help, or of a wrong flag
-        sys.exit(say("", end.code or 0))
+        sys.exit(say("", end.code if isinstance(end.code, int) else bool(end.code)))
     except InputError as error:
         sys.exit(say(f"error: {error}", 2))
     except OSError as error:

@@ -97,8 +97,9 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             tokens = sum(batch.inputs.numel() for batch in batches)
-            loss_value, tokens = processes.sum_over_ranks(step_loss.item(), tokens)
-            flops = 3 * forward_flops(model.config, tokens, supervised, data.block_size)
+            flops = sum(forward_flops(model.config, batch.inputs.numel(), 0, batch.inputs.size(1)) for batch in batches)
+            loss_value, tokens, flops = processes.sum_over_ranks(step_loss.item(), tokens, flops)
+            flops = 3 * (flops + forward_flops(model.config, 0, supervised))  # the head: once for all processes
             norm_value = grad_norm.item()
             stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
