@@ -51,7 +51,7 @@ def main() -> None:
     """Assemble a run, train, and try the best checkpoint on the test conversations."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
-    settings, step, resume, device, dtype = training.open_run(settings, parse, minutes=5)
+    settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=5)
     config = settings.training
 
     conversations, problems = dialogue.read(processes.from_rank_0(lambda: find(settings.data)))
@@ -91,13 +91,16 @@ def main() -> None:
         return
 
     def score(rows: DialogueRows, dtype=dtype) -> dict[str, float]:
+        """Of all rows of a split."""
         total = math.ceil(len(rows) / config.batch_size)
         return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype, total)
 
     def evaluation() -> dict[str, float]:
+        """What training looks at in between."""
         return {f"val_{key}": value for key, value in score(val_rows).items()}
 
     def sample() -> str:
+        """A reply of the model as it is now."""
         prompt = [{"role": "user", "content": "Hello, how are you?"}]
         ids = dialogue.render_prompt(prompt, tokenizer)
         reply = generate.texts(model, tokenizer, [ids], SampleConfig(max_new_tokens=40, temperature=0))[0]

@@ -82,7 +82,7 @@ def main() -> None:
     if settings.preset != "laptop":
         parse = partial(parse, default=PRESETS[settings.preset])
         settings = parse()
-    settings, step, resume, device, dtype = training.open_run(settings, parse, minutes=2.5)
+    settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=2.5)
     config = settings.training
 
     preset = PRESETS.get(settings.preset, Settings)
@@ -119,9 +119,11 @@ def main() -> None:
         return evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), count), dtype, count)
 
     def evaluation() -> dict[str, float]:
+        """What training looks at in between."""
         return {f"val_{key}": value for key, value in score(EVALUATION_TOKENS, dtype).items()}
 
     def sample() -> str:
+        """A text of the model as it is now."""
         prompt = tokenizer.encode("The city of")
         return "The city of" + generate.texts(model, tokenizer, [prompt], SampleConfig(max_new_tokens=40))[0]
 

@@ -249,11 +249,27 @@ def main() -> None:
         job["corpus"] = str(folder)  # of the text as it is now
         if name in wanted:
             corpus.prepare(args.data, folder, vocab_size=job["vocab_size"])
+    tried, best = measure_all(plan, wanted, args)
+    rows = summary(best)
+    verdicts = [verdict(best, rows, name) for name in (THEIRS, KEPT) if {name, OURS} <= best.keys()]
+    print(*verdicts, sep="\n")
+    runs = [one for name in best for one in [*best[name], *(one for one in tried[name] if one is not best[name][0])]]
+    results = {"seconds": args.seconds, "verdicts": verdicts, "variants": list(rows.values()), "runs": runs}
+    record.save("time_to_loss", device, results)
+    draw(args.seconds, device, best, rows)
+
+
+def measure_all(plan: dict[str, tuple[dict, list[float]]], wanted: list[str], args: argparse.Namespace) -> tuple[dict, dict]:
+    """Measure what is wanted and not in the file.
+
+    → by the name of the variant: (a run for each rate at the first seed, a run for each seed at the best rate).
+    """
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         RUNS.unlink(missing_ok=True)
     RUNS.touch()
     done = {json.dumps(run["job"], sort_keys=True): run for run in map(json.loads, RUNS.read_text().splitlines())}
+    failed: list[str] = []
 
     def run(name: str, seed: int, rate: float) -> dict | None:
         """One run: from the file or, if it is wanted, measured now."""
@@ -274,7 +290,6 @@ def main() -> None:
             bar.update(job["seconds"])
         return done.get(key)
 
-    failed: list[str] = []
     tried: dict[str, list[dict]] = {}  # one run a rate, at the first seed
     best: dict[str, list[dict]] = {}  # one run a seed, at the best rate
     total = sum(plan[name][0]["seconds"] * (max(1, len(plan[name][1])) + len(args.seeds) - 1) for name in wanted)
@@ -290,13 +305,7 @@ def main() -> None:
                     runs.append(one)
     if failed:
         raise InputError(f"{len(failed)} runs failed, so nothing is saved but {RUNS}; the first: {failed[0]}")
-    rows = summary(best)
-    verdicts = [verdict(best, rows, name) for name in (THEIRS, KEPT) if {name, OURS} <= best.keys()]
-    print(*verdicts, sep="\n")
-    runs = [one for name in best for one in [*best[name], *(one for one in tried[name] if one is not best[name][0])]]
-    results = {"seconds": args.seconds, "verdicts": verdicts, "variants": list(rows.values()), "runs": runs}
-    record.save("time_to_loss", device, results)
-    draw(args.seconds, device, best, rows)
+    return tried, best
 
 
 # ------------------------------------------------------------------ what came out

@@ -97,9 +97,8 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             tokens = sum(batch.inputs.numel() for batch in batches)
-            flops = sum(forward_flops(model.config, batch.inputs.numel(), 0, batch.inputs.size(1)) for batch in batches)
+            flops = sum(training_flops(model, batch) for batch in batches)
             loss_value, tokens, flops = processes.sum_over_ranks(step_loss.item(), tokens, flops)
-            flops = 3 * (flops + forward_flops(model.config, 0, supervised))  # the head: once for all processes
             norm_value = grad_norm.item()
             stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
@@ -397,6 +396,12 @@ def draw(data: Examples, position: int, config: TrainConfig, device: torch.devic
     return batches, int(processes.sum_over_ranks(supervised)[0])
 
 
+def training_flops(model: GPT, batch: Batch) -> int:
+    """Of a micro-batch, forward and backward, with the length of its own rows and the head where it is computed."""
+    supervised = int((batch.targets != IGNORED).sum())
+    return 3 * forward_flops(model.config, batch.inputs.numel(), supervised, batch.inputs.size(1))
+
+
 def example_order(position: int, count: int, examples: int, seed: int) -> list[int]:
     """Which examples stand at position … position + count in the endless order of a run.
 
@@ -504,7 +509,7 @@ def take_up(saved: dict, device: torch.device, texts: str) -> None:
             print(f"note: the run was on {there} {name}, now {value}: equal but for rounding and dropout's draws", file=sys.stderr)
 
 
-def open_run(settings, parse: Callable, minutes: float) -> tuple:
+def set_up(settings, parse: Callable, minutes: float) -> tuple:
     """How both scripts begin: look at the run folder, complete the settings, choose device and precision.
 
     → (settings, the step folder and the state to resume from or None twice, device, dtype). settings: the dataclass of
