@@ -1,7 +1,10 @@
-"""Fine-tune a GPT on dialogue: settings → conversations → rows with a loss mask → train().
+"""Fine-tune a GPT, on conversations or on labelled texts: settings → examples → rows with a loss mask → train().
 
-    python finetune.py                                          the pre-trained model, on the chitchat sample
-    python finetune.py --init gpt2 --data my_dialogues.jsonl    GPT-2, on your own conversations
+    python finetune.py                                            the pre-trained model, on the chitchat sample
+    python finetune.py --init gpt2 --data my_dialogues.jsonl      GPT-2, on your own conversations
+    python finetune.py --data my_dialogues.jsonl --show-batch     look at what will be learned, and stop
+    python finetune.py --data my_dialogues.jsonl --method lora    learn a few percent of the weights
+    python finetune.py --data my_reviews.tsv --task classify      learn to give a label to a text
 """
 
 import math
@@ -9,14 +12,16 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import torch
 import tyro
 
 from data import find
-from nanochat import InputError, checkpoint, dialogue, evaluate, generate, processes, runtime, training
-from nanochat.dialogue import DialogueRows
-from nanochat.generate import SampleConfig
+from nanochat import InputError, checkpoint, evaluate, lora, preview, processes, report, runs, runtime, splits, training
+from nanochat.lora import LoRAConfig
+from nanochat.model import GPT
+from nanochat.tasks import TASKS, Chat, Classify
+from nanochat.tokenizer import CHAT_TOKENS, Tokenizer
 from nanochat.training import TrainConfig
 
 
@@ -25,13 +30,22 @@ class Settings:
     """Settings of a fine-tuning run; the defaults take minutes on a 2-core laptop."""
 
     data: str = "chitchat"
-    """conversations: .jsonl or .json ("messages" or ShareGPT "conversations"), .txt (blank lines between), or a name in data/"""
+    """.jsonl, .json, .csv, .tsv or .txt; README.md lists the formats, which are told by their content; or a name in data/"""
     val_data: str | None = None
-    """held-out conversations, if not a tenth of --data; used for validation and test"""
+    """held-out examples, if not a tenth of --data; used for validation and test"""
+    task: Literal["chat", "classify"] = "chat"
+    """chat: learn the assistant's part of conversations; classify: learn the labels of texts"""
+    method: Literal["full", "lora", "freeze"] = "full"
+    """what learns: all weights; low-rank additions to them (--rank …); or only what --learn names"""
+    learn: tuple[str, ...] = ("2",)
+    """with --method freeze: so many last blocks, or parts of names (attn, ln_, h.0.); 0 is the new tokens' rows alone"""
+    lora: tyro.conf.OmitArgPrefixes[LoRAConfig] = field(default_factory=LoRAConfig)
+    balance: bool = False
+    """classify: weigh the texts so that all labels count alike"""
     init: str = "out/pretrained"
     """weights to start from: a run folder, a Hugging Face GPT-2 folder, gpt2 … gpt2-xl, nanoGPT's ckpt.pt"""
     out: Path = Path("out/finetuned")
-    """run folder: checkpoints, metrics.jsonl, loss.png"""
+    """run folder: checkpoints, metrics.jsonl, loss.png, report.md"""
     resume: bool = False
     """go on from the newest checkpoint in --out, with its settings, as if the run had never stopped"""
     overwrite: bool = False
@@ -41,96 +55,125 @@ class Settings:
     dropout: float | None = None
     """of embeddings and residual branches; None: as in the model's file"""
     show_batch: bool = False
-    """print the first rows with what is learned marked, and stop"""
+    """print what will be learned, how long the texts are, what is in two splits, and the first rows; and stop"""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
         default_factory=lambda: TrainConfig(batch_size=4, optimizer="muon", learning_rate=2e-3, warmup_steps=20)
     )
 
 
 def main() -> None:
-    """Assemble a run, train, and try the best checkpoint on the test conversations."""
+    """Assemble a run, train, and compare the best checkpoint with the start on held-out examples."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
     settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=5)
-    config = settings.training
+    config, task = settings.training, TASKS[settings.task]()
+    parts = read_parts(settings, task)
+    train_split, val_split, test_split = parts.values()
 
-    conversations, problems = dialogue.read(processes.from_rank_0(lambda: find(settings.data)))
-    if settings.val_data is not None:
-        held_out, more_problems = dialogue.read(processes.from_rank_0(lambda: find(settings.val_data)))
-        problems += more_problems
-        train_split, val_split, test_split = conversations, held_out, held_out
+    model, tokenizer = start(settings, task, train_split) if step is None else checkpoint.load(step, merge=False)
+    task.prepare(model, train_split, settings.balance)
+    if settings.dropout is not None:
+        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
+    if settings.method == "lora" and not lora.is_adapted(model):
+        lora.add_lora(model, settings.lora, len(CHAT_TOKENS))
+    elif settings.method == "freeze":
+        lora.freeze(model, settings.learn, len(CHAT_TOKENS))
+    block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
+    if block_size < 16:
+        raise InputError(f"--block-size is {block_size}, must be at least 16")
+    train_rows, val_rows, test_rows = (task.rows(part, model, tokenizer, block_size) for part in parts.values())
+    if not train_rows.supervised_tokens:
+        raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
+    if settings.show_batch:
+        found = preview.about(parts, task.text, train_rows, task.describe(train_split, tokenizer))
+        print(preview.summary(found))
+        marks = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+        for index in training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed):
+            print(preview.show_row(train_rows.rows[index], tokenizer, getattr(model, "labels", None), marks))
+        return
+    share = train_rows.supervised_tokens / train_rows.input_tokens
+    print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
+          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)
+
+    def evaluation() -> dict[str, float]:
+        """What training looks at in between."""
+        total = math.ceil(len(val_rows) / config.batch_size)
+        scores = evaluate.score(model, tokenizer, val_rows.batches(config.batch_size), dtype, total)
+        return {f"val_{key}": value for key, value in scores.items()}
+
+    progress = training.train(
+        model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings), device=device, dtype=dtype,
+        evaluate=evaluation, sample=lambda: task.ask(model, tokenizer, val_split), held_out=val_rows.fingerprint, resume=resume)
+    memory = runtime.peak_memory(device)
+
+    def outcome(source: str | Path | None) -> tuple[dict | None, dict[str, str]]:
+        """What a checkpoint, or the start of this run, does on the test split, and with the prompts of the validation split."""
+        tried = start(settings, task, train_split)[0] if source is None else checkpoint.load(source)[0]
+        tried.to(device)
+        return (task.measure(tried, tokenizer, test_split, test_rows, config.batch_size),
+                {} if processes.rank() else task.ask(tried, tokenizer, val_split))
+
+    before, asked_before = outcome(None) if settings.task == "chat" else (None, {})  # a new label head knows nothing
+    after, asked_after = outcome(settings.out)
+    if processes.rank():
+        return
+    best = checkpoint.locate(settings.out)
+    content = {
+        "settings": asdict(settings),
+        "data": preview.about(parts, task.text, train_rows, task.describe(train_split, tokenizer)),
+        "run": {
+            "method": settings.method,
+            "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(w.numel() for w in lora.plain_state(model).values()),
+            "steps": progress.step,
+            "the best step": runs.step_of(best),
+            "seconds of training": round(progress.seconds, 1),
+            "peak memory, MB": round(memory / 1e6),
+            "the best checkpoint, MB": round(sum(file.stat().st_size for file in best.iterdir() if file.is_file()) / 1e6, 1),
+        },
+        "before": before,
+        "after": after,
+        "asked": {prompt: (asked_before.get(prompt, "–"), reply) for prompt, reply in asked_after.items()},
+    }
+    report.write(settings.out, content)
+    for prompt, reply in asked_after.items():
+        print(f"  {prompt!r} → {reply!r}")
+    print(task.details(after))
+    print(f"{settings.method}: {content['run']['parameters that learn']:,} of {content['run']['parameters']:,} parameters learned, "
+          f"{progress.seconds:.0f} s, {memory / 1e9:.2f} GB at most, {content['run']['the best checkpoint, MB']:,} MB a checkpoint")
+    same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
+    print(f"test {task.headline(before) + ' before, ' if before else ''}{task.headline(after)} after{same}")
+    print(f"wrote {settings.out / 'report.md'}; next: python sample.py --checkpoint {settings.out}")
+
+
+def read_parts(settings: Settings, task: Chat | Classify) -> dict[str, list]:
+    """Training, validation and test examples; InputError if one of the three would be empty."""
+    examples, problems = task.read(processes.from_rank_0(lambda: find(settings.data)))
+    if settings.val_data is None:
+        train, val, test = splits.split(examples)
     else:
-        train_split, val_split, test_split = dialogue.split(conversations)
+        held_out, more_problems = task.read(processes.from_rank_0(lambda: find(settings.val_data)))
+        train, val, test, problems = examples, held_out, held_out, problems + more_problems
     for problem in problems[:5]:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:
         print(f"left out {len(problems)} records in all", file=sys.stderr)
-    check_sizes(train_split, val_split, test_split)
+    parts = {"training": train, "validation": val, "test": test}
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items()) + f" {task.examples}"
+    if not all(parts.values()):
+        different = len(set(map(splits.text_of, examples)))
+        raise InputError(f"{sizes} ({different:,} different in all): too few to hold some out; add some, or name held-out ones with --val-data")
+    print(sizes, file=sys.stderr)
+    return parts
 
-    model, tokenizer = checkpoint.load(step or settings.init)
+
+def start(settings: Settings, task: Chat | Classify, train_split: list) -> tuple[GPT, Tokenizer]:
+    """The model that the run begins with, before it is said what of it learns, and its tokenizer with the chat tokens."""
+    model, tokenizer = checkpoint.load(settings.init)
     tokenizer = tokenizer.for_chat()
     if tokenizer.vocab_size > model.config.vocab_size:  # GPT-2's table has no rows for the chat tokens
         model.grow(tokenizer.vocab_size)
-    if settings.dropout is not None:
-        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
-    block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
-    if block_size < 16:
-        raise InputError(f"--block-size is {block_size}, must be at least 16")
-    train_rows, val_rows, test_rows = (
-        DialogueRows.build(split, tokenizer, block_size) for split in (train_split, val_split, test_split)
-    )
-    share = train_rows.supervised_tokens / train_rows.input_tokens
-    print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
-          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)
-    if not train_rows.supervised_tokens:
-        raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
-    if settings.show_batch:
-        marks = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-        for index in training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed):
-            print(train_rows.show(index, tokenizer, marks))
-        return
-
-    def score(rows: DialogueRows, dtype=dtype) -> dict[str, float]:
-        """Of all rows of a split."""
-        total = math.ceil(len(rows) / config.batch_size)
-        return evaluate.score(model, tokenizer, rows.batches(config.batch_size), dtype, total)
-
-    def evaluation() -> dict[str, float]:
-        """What training looks at in between."""
-        return {f"val_{key}": value for key, value in score(val_rows).items()}
-
-    def sample() -> str:
-        """A reply of the model as it is now."""
-        prompt = [{"role": "user", "content": "Hello, how are you?"}]
-        ids = dialogue.render_prompt(prompt, tokenizer)
-        reply = generate.texts(model, tokenizer, [ids], SampleConfig(max_new_tokens=40, temperature=0))[0]
-        return f"Hello, how are you? → {reply}"
-
-    model.to(device)
-    if not resume:
-        print(f"test perplexity before: {score(test_rows, torch.float32)['perplexity']:.2f}")
-    training.train(model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_rows.fingerprint, resume=resume)
-
-    model = checkpoint.load(settings.out)[0].to(device)  # the best
-    after = score(test_rows, torch.float32)
-    if processes.rank():  # the replies are few
-        return
-    replies = evaluate.greedy_replies(model, tokenizer, test_split)
-    for prompt, reply in list(zip(replies.prompts, replies.replies))[:5]:
-        print(f"  {prompt!r} → {reply!r}")
-    print(replies)
-    same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
-    print(f"test perplexity after: {after['perplexity']:.2f}{same}")
-    print(f"wrote {settings.out}; next: python sample.py --checkpoint {settings.out}")
-
-
-def check_sizes(train_split: list, val_split: list, test_split: list) -> None:
-    """Say how many conversations there are of each kind; stop if there are none of one."""
-    sizes = f"{len(train_split)} training, {len(val_split)} validation, {len(test_split)} test conversations"
-    if not (train_split and val_split and test_split):
-        raise InputError(f"{sizes}: too few to hold some out; add some, or name held-out ones with --val-data")
-    print(sizes, file=sys.stderr)
+    return task.prepare(model, train_split, settings.balance), tokenizer
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 
 from nanochat import InputError, checkpoint, generate, runtime
-from nanochat.dialogue import Conversation
+from nanochat.formats import Conversation
 from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
 from nanochat.runtime import DTYPES, argument_text

@@ -122,10 +122,10 @@ def main() -> None:
         """What training looks at in between."""
         return {f"val_{key}": value for key, value in score(EVALUATION_TOKENS, dtype).items()}
 
-    def sample() -> str:
-        """A text of the model as it is now."""
-        prompt = tokenizer.encode("The city of")
-        return "The city of" + generate.texts(model, tokenizer, [prompt], SampleConfig(max_new_tokens=40))[0]
+    def sample() -> dict[str, str]:
+        """What the model as it is now makes of a beginning."""
+        start = "The city of"
+        return {start: generate.texts(model, tokenizer, [tokenizer.encode(start)], SampleConfig(max_new_tokens=40))[0]}
 
     training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
                    device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=resume)

@@ -38,8 +38,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import record  # noqa: E402
 
 from data import find  # noqa: E402
-from nanochat import InputError, checkpoint, dialogue, evaluate, runtime, training  # noqa: E402
-from nanochat.dialogue import Conversation, DialogueRows  # noqa: E402
+from nanochat import InputError, checkpoint, evaluate, formats, runtime, splits, training  # noqa: E402
+from nanochat.dialogue import to_rows  # noqa: E402
+from nanochat.formats import Conversation  # noqa: E402
 from nanochat.model import GPT  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402
 from nanochat.training import TrainConfig  # noqa: E402
@@ -161,8 +162,8 @@ def run(variant: str, rate: float, seed: int, start: Path, args: argparse.Namesp
     """Train one variant and score it: → its figures."""
     if variant.startswith("nanochat") or "kept memory" in variant:
         runtime.keep_freed_memory()
-    conversations = dialogue.read(find(args.data))[0][: args.limit]
-    train_split, val_split, test_split = dialogue.split(conversations)
+    conversations = formats.read(find(args.data))[0][: args.limit]
+    train_split, val_split, test_split = splits.split(conversations)
     if not (train_split and val_split and test_split):
         raise InputError(f"--limit {args.limit}: too few conversations to hold some out")
     tokenizer = Tokenizer.load(start)
@@ -170,7 +171,7 @@ def run(variant: str, rate: float, seed: int, start: Path, args: argparse.Namesp
     model, figures = take(variant, rate, seed, start, train_split, tokenizer, args, device)
 
     def loss(split: list[Conversation]) -> float:
-        rows = DialogueRows.build(split, tokenizer, args.block_size)
+        rows = to_rows(split, tokenizer, args.block_size)
         total = math.ceil(len(rows) / args.batch_size)
         return evaluate.score(model, tokenizer, rows.batches(args.batch_size), total=total)["loss"]
 
@@ -181,7 +182,7 @@ def run(variant: str, rate: float, seed: int, start: Path, args: argparse.Namesp
 def nanochat(variant: str, rate: float, seed: int, start: Path, conversations: list[Conversation], tokenizer: Tokenizer,
              args: argparse.Namespace, device: torch.device) -> tuple[GPT, dict]:
     """What finetune.py does."""
-    rows = DialogueRows.build(conversations, tokenizer, args.block_size, pack="packed" in variant)
+    rows = to_rows(conversations, tokenizer, args.block_size, pack="packed" in variant)
     steps = math.ceil(len(rows) / args.batch_size)
     config = TrainConfig(batch_size=args.batch_size, accumulate=1, max_steps=steps, learning_rate=rate,
                          warmup_steps=args.warmup_steps, seed=seed, eval_every=steps, weight_decay=0.0)
@@ -192,7 +193,7 @@ def nanochat(variant: str, rate: float, seed: int, start: Path, conversations: l
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
         progress = training.train(model, tokenizer, rows, config, out=Path(out), settings={}, device=device,
-                                  dtype=getattr(torch, args.dtype), evaluate=lambda: {"val_loss": 0.0}, sample=lambda: "")
+                                  dtype=getattr(torch, args.dtype), evaluate=lambda: {"val_loss": 0.0}, sample=lambda: {})
         whole = time.perf_counter() - began
     taken = training.example_order(0, progress.examples, len(rows), seed)  # the last batch is filled from the next epoch
     each = [sum(sum(window.supervised) for window in row) for row in rows.rows]
@@ -219,7 +220,7 @@ def trl(variant: str, rate: float, seed: int, start: Path, conversations: list[C
 
     windows = "windows" in variant
     if windows:  # of block_size ids, not of one more: a row of trl's is its inputs and its labels in one
-        rows = DialogueRows.build(conversations, tokenizer, args.block_size - 1, pack=False).rows
+        rows = to_rows(conversations, tokenizer, args.block_size - 1, pack=False).rows
         data = [{"input_ids": w.ids, "labels": [i if s else -100 for i, s in zip(w.ids, w.supervised)]} for [w] in rows]
     else:
         data = [{"messages": conversation} for conversation in conversations]

@@ -9,7 +9,7 @@ transposes four matrices a block: GPT-2's Conv1D keeps (in, out) where nn.Linear
 Where a step of a run (runs.py) has its SHA256SUMS, what is not as it was saved is never loaded.
 
 `load` also opens what people have: Hugging Face folders (.safetensors or .bin, sharded or not),
-hub names, nanoGPT's ckpt.pt. Pickles are read with weights_only=True: they cannot run code.
+adapters of PEFT, hub names, nanoGPT's ckpt.pt. Pickles are read with weights_only=True: they cannot run code.
 """
 
 import argparse
@@ -23,17 +23,21 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from nanochat import InputError, runtime
+from nanochat import InputError, lora, runtime, wordpiece
+from nanochat.classifier import GPTClassifier
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
 
 GPT2_WEIGHTS = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 SUMS = "SHA256SUMS"
+ADAPTER = "adapter_config.json"
 PREFIX = "transformer."
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module)\.")  # what torch.compile and DDP put into names
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -69,7 +73,7 @@ CONFIG_REQUIRED = {
 CONFIG_IGNORED = set(
     """
     architectures transformers_version dtype torch_dtype bos_token_id eos_token_id pad_token_id sep_token_id
-    cls_token_id decoder_start_token_id n_ctx embd_pdrop initializer_range use_cache task_specific_params
+    cls_token_id decoder_start_token_id output_past n_ctx embd_pdrop initializer_range use_cache task_specific_params
     gradient_checkpointing summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout id2label label2id num_labels problem_type finetuning_task prefix name_or_path
     _name_or_path _num_labels _attn_implementation _commit_hash attn_implementation tokenizer_class
@@ -83,32 +87,59 @@ CONFIG_IGNORED = set(
 )
 
 
-def load(source: str | Path) -> tuple[GPT, Tokenizer]:
+def load(source: str | Path, merge: bool = True) -> tuple[GPT, Tokenizer]:
     """Open a checkpoint: → (model in fp32 on the CPU in eval mode, tokenizer).
 
-    source: a run folder (its best, or else last, step), a Hugging Face GPT-2 folder, a nanoGPT
-    ckpt.pt, or a name on the Hugging Face hub such as gpt2. After loading, the model has exactly
-    one row per id of the tokenizer: fewer raise InputError, surplus rows are cut with a line.
+    source: a run folder (its best, or else last, step), a Hugging Face GPT-2 folder, an adapter of PEFT
+    beside its base, a nanoGPT ckpt.pt, or a name on the Hugging Face hub such as gpt2. After loading, the
+    model has exactly one row per id of the tokenizer: fewer raise InputError, surplus rows are cut with a
+    line. A folder with a label head gives a GPTClassifier. merge: an adapter becomes part of the weights;
+    False leaves it apart, to go on learning.
     """
     path = locate(source)
     verify(path)
+    if (path / ADAPTER).exists():
+        return load_adapted(path, merge)
     config, tensors, conv1d = read(path)
     state = to_our_layout(tensors, conv1d, path)
+    labels = read_labels(path / "config.json", len(state["score.weight"])) if "score.weight" in state else None
     tokenizer = Tokenizer.gpt2() if path.is_file() else read_tokenizer(path, config)
     rows, ids = config.vocab_size, tokenizer.vocab_size
     if rows < ids:
         raise InputError(f"{path}: the model has {rows:,} token rows, its tokenizer {ids:,} ids")
-    model = build(config, state, path)
+    model = build(config, state, path, labels)
     if rows > ids:
         print(f"{path}: {rows - ids} token rows have no id in the tokenizer; cut", file=sys.stderr)
         model.cut(ids)
     return model, tokenizer
 
 
-def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
-    """A GPT with exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
+def load_adapted(path: Path, merge: bool) -> tuple[GPT, Tokenizer]:
+    """A base with the adapter of `path` on it: the base beside it in a run folder, or else the one that it names."""
+    about = read_json(path / ADAPTER)
+    base = about.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{path / ADAPTER}: base_model_name_or_path is {base!r}, must name the base")
+    if Path(base).name == "base" and (path.parent / "base").is_dir():  # the run folder may have moved since
+        base = path.parent / "base"
+    model, tokenizer = load(base)
+    if (path / "tokenizer.json").exists():
+        tokenizer = read_tokenizer(path, model.config)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its base {base} {model.config.vocab_size:,} token rows")
+    found = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (path / name).exists()]
+    if not found:
+        raise InputError(f"{path}: no adapter_model.safetensors")
+    lora.from_peft(model, about, read_tensors(path / found[0]), path)
+    if not merge:
+        return model.eval(), tokenizer
+    return build(model.config, lora.plain_state(model), path, getattr(model, "labels", None)), tokenizer
+
+
+def build(config: GPTConfig, state: dict[str, Tensor], path: Path, labels: list[str] | None = None) -> GPT:
+    """A GPT, or with labels a GPTClassifier, of exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPTClassifier(config, labels) if labels else GPT(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = [f"missing {name}" for name in wanted if name not in state]
     wrong += [f"unexpected {name}" for name in state if name not in wanted]
@@ -139,7 +170,7 @@ def locate(source: str | Path, prefer: tuple[str, ...] = ("best", "last")) -> Pa
         for pointer in prefer:
             if os.path.lexists(path / pointer):
                 return followed(path / pointer)
-        if (path / "config.json").exists():
+        if (path / "config.json").exists() or (path / ADAPTER).exists():
             return path
         if (path / "ckpt.pt").exists():
             return path / "ckpt.pt"
@@ -169,11 +200,11 @@ def download(name: str) -> Path:
     """A model of the Hugging Face hub → its folder in the local cache. Nothing but data is fetched."""
     import huggingface_hub
 
-    wanted = ["*.json", "merges.txt", "*.safetensors"]
+    wanted = ["*.json", "merges.txt", "vocab.txt", "*.safetensors"]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "merges.txt", "*.bin"]))
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "merges.txt", "vocab.txt", "*.bin"]))
         return folder
     except Exception as error:  # the hub raises a dozen kinds, by version; the user's remedy is one
         raise InputError(
@@ -263,6 +294,17 @@ def read_config(path: Path) -> GPTConfig:
     return config_of({"dropout": 0.1, "attention_dropout": 0.1} | values, path)  # what absent fields mean in Hugging Face
 
 
+def read_labels(path: Path, count: int) -> list[str]:
+    """The names of a classifier's labels, from config.json: LABEL_0, … where it names none."""
+    fields = read_json(path)
+    if fields.get("problem_type") not in (None, "single_label_classification"):
+        raise InputError(f"{path}: problem_type is {fields['problem_type']!r}, must be single_label_classification")
+    names = fields.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)} or len(set(map(str, names.values()))) < count:
+        raise InputError(f"{path}: id2label does not name each of the {count} labels of score.weight")
+    return [str(names[str(i)]) for i in range(count)]
+
+
 def config_of(values: dict, path: Path) -> GPTConfig:
     """GPTConfig of values from a file; InputError names those that cannot be."""
     kinds = {"n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "vocab_size": int, "activation": str}
@@ -319,12 +361,12 @@ def read_tensors(path: Path) -> dict:
 
 def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
     """The tokenizer of a folder; GPT-2's own where there is none and the rows are GPT-2's."""
-    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = Tokenizer.load(folder)
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        tokenizer = wordpiece.load(folder)
     elif config.vocab_size == 50257:
         return Tokenizer.gpt2()
     else:
-        raise InputError(f"{folder}: no tokenizer.json, and {config.vocab_size:,} rows are not GPT-2's 50,257")
+        raise InputError(f"{folder}: no tokenizer.json or vocab.txt, and {config.vocab_size:,} rows are not GPT-2's 50,257")
     ours = folder / "nanochat.json"
     named = read_json(ours).get("template") if ours.exists() else None
     if named is not None and (named != TEMPLATE_NAME or tokenizer.chat_template != CHAT_TEMPLATE):
@@ -360,25 +402,56 @@ def sha256_of(path: Path) -> str:
 # ------------------------------------------------------------------ writing
 
 
-def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """config.json, generation_config.json, fp32 model.safetensors and the tokenizer files."""
+def write(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """A Hugging Face folder; of a model with LoRA the adapter alone, as PEFT keeps it, whose base is ../base."""
+    if not lora.is_adapted(model):
+        return write_hugging_face(folder, model, tokenizer)
+    about, tensors = lora.to_peft(model, base=str(folder.parent / "base"))
+    write_config(folder, model, tokenizer)
+    write_json(folder / ADAPTER, about)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer, merge: bool = True) -> None:
+    """config.json, generation_config.json, fp32 model.safetensors and the tokenizer files; merge=False leaves LoRA's additions out."""
+    write_config(folder, model, tokenizer)
+    tensors = {
+        PREFIX * (name not in lora.HEADS) + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).float().cpu().contiguous()
+        for name, w in lora.plain_state(model, merge).items()
+    }
+    write_tensors(folder / "model.safetensors", tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A .safetensors file, with the permissions that others beside it have."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name("config.json"), path)  # safetensors ignores the umask
+
+
+def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """config.json, generation_config.json and the tokenizer files: all but the weights."""
     config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
+    labels = getattr(model, "labels", None)
+    head = {"architectures": ["GPT2LMHeadModel"]}
+    if labels:
+        head = {"architectures": ["GPT2ForSequenceClassification"], "problem_type": "single_label_classification",
+                "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     eos = [tokenizer.control[END_OF_TURN]] if tokenizer.chat_template else []
     ids = {"bos_token_id": tokenizer.end_of_text, "pad_token_id": tokenizer.end_of_text}
     write_json(
         folder / "config.json",
-        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config,
+        {"model_type": "gpt2", **head, **config,
          "embd_pdrop": model.config.dropout, "tie_word_embeddings": True, "dtype": "float32",
          **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
     )
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
-    tensors = {
-        PREFIX + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).detach().float().cpu().contiguous()
-        for name, w in model.named_parameters()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors ignores the umask
     tokenizer.save(folder)
+    if labels:  # a text between <|endoftext|> and <|end|>, for Hugging Face too
+        end_of_text = next(name for name, i in tokenizer.control.items() if i == tokenizer.end_of_text)
+        around = [(name, tokenizer.control[name]) for name in (end_of_text, END_OF_TURN)]
+        bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bpe.post_processor = TemplateProcessing(single=f"{end_of_text} $A {END_OF_TURN}", special_tokens=around)
+        (folder / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -387,21 +460,27 @@ def write_json(path: Path, content: dict) -> None:
     path.write_bytes((text + "\n").encode("utf-8", "surrogateescape"))  # paths of a C locale are bytes in disguise
 
 
-def main() -> None:
-    """Convert any checkpoint that `load` opens into a Hugging Face GPT-2 folder, tensor by tensor."""
-    parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint", description=main.__doc__)
-    parser.add_argument("source", help="run folder, Hugging Face folder, nanoGPT ckpt.pt or hub name")
-    parser.add_argument("destination", type=Path, help="a folder that does not exist yet")
-    args = parser.parse_args()
-    if args.destination.exists():
-        raise InputError(f"{args.destination} exists already; name a new folder")
-    source = read(locate(args.source))
+def print_table(source: Source) -> None:
+    """Each tensor of a checkpoint: its name there and here, its shape, whether it is transposed."""
     print(f"{'name there':<44}{'name here':<30}{'shape here':>14}  transposed")
     for there, w in sorted(source.tensors.items()):
         here = name_here(there)
         turned = source.conv1d and here is not None and here.endswith(TRANSPOSED)
         shape = " x ".join(map(str, reversed(w.shape) if turned else w.shape))
         print(f"{there:<44}{here or '- (no parameter)':<30}{shape:>14}  {'yes' if turned else ''}")
+
+
+def main() -> None:
+    """Convert any checkpoint that `load` opens into a Hugging Face GPT-2 folder, tensor by tensor; an adapter is merged."""
+    parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint", description=main.__doc__)
+    parser.add_argument("source", help="run folder, Hugging Face folder, nanoGPT ckpt.pt or hub name")
+    parser.add_argument("destination", type=Path, help="a folder that does not exist yet")
+    args = parser.parse_args()
+    if args.destination.exists():
+        raise InputError(f"{args.destination} exists already; name a new folder")
+    path = locate(args.source)
+    if not (path / ADAPTER).exists():
+        print_table(read(path))
     model, tokenizer = load(args.source)  # stops here, with their names, if any are missing or unexpected
     temporary = args.destination.with_name(f".tmp-{args.destination.name}")
     shutil.rmtree(temporary, ignore_errors=True)

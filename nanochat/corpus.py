@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat import InputError
+from nanochat import InputError, wordpiece
 from nanochat.model import IGNORED, Batch
 from nanochat.runtime import run_as_script
 from nanochat.sources import documents, fingerprint, json_lines, local, progress_bar
@@ -321,7 +321,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = None
     if args.tokenizer:
-        tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(Path(args.tokenizer))
+        tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else wordpiece.load(Path(args.tokenizer))
     prepare(args.source, args.folder, vocab_size=args.vocab_size, tokenizer=tokenizer,
             val_source=args.val_data, workers=args.workers)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nanochat import InputError
-from nanochat.dialogue import Conversation, render_prompt
+from nanochat.dialogue import render_prompt
+from nanochat.formats import Conversation
 from nanochat.model import GPT
 from nanochat.tokenizer import Tokenizer
 

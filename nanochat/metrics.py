@@ -2,7 +2,8 @@
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanochat import InputError
@@ -19,14 +20,14 @@ class MetricsLog:
             return
         kept = [record for record in read_metrics(path) if record["step"] < before]
         temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")
 
     @on_rank_0
-    def write(self, **record: float) -> None:
+    def write(self, **record) -> None:
         try:
-            print(json.dumps(record), file=self.file, flush=True)
+            print(json.dumps(record, ensure_ascii=False), file=self.file, flush=True)
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}; --resume goes on once that is mended") from None
 
@@ -46,28 +47,37 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 @on_rank_0
-def draw_losses(log: Path, picture: Path) -> None:
+def draw_losses(log: Path, path: Path) -> None:
     """Draw training and validation loss against the step: metrics.jsonl → loss.png."""
+    records = read_metrics(log)
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    with picture(path) as axes:
+        if train:
+            steps, losses = zip(*train)
+            axes.plot(steps, losses, color="#9db8d9", linewidth=0.7, label="training, each step")
+            width = max(1, len(losses) // 50)
+            smooth = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1)]
+            axes.plot(steps[width - 1 :], smooth, color="#1f5fa8", label=f"training, mean of {width} steps")
+        if val:
+            axes.plot(*zip(*val), "o-", color="#d1495b", label="validation")
+        axes.set(xlabel="step", ylabel="loss, nats per target")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float] = (8, 4.5)) -> Iterator:
+    """Axes to draw on; at the end they are written to `path`, a .png. size: inches."""
     import matplotlib  # 0.5 s, needed once, at the end
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = read_metrics(log)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    if train:
-        steps, losses = zip(*train)
-        axes.plot(steps, losses, color="#9db8d9", linewidth=0.7, label="training, each step")
-        width = max(1, len(losses) // 50)
-        smooth = [sum(losses[i : i + width]) / width for i in range(0, len(losses) - width + 1)]
-        axes.plot(steps[width - 1 :], smooth, color="#1f5fa8", label=f"training, mean of {width} steps")
-    if val:
-        axes.plot(*zip(*val), "o-", color="#d1495b", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    with suppress(ValueError):  # labels may be Chinese: the first of these fonts that the machine has
+        plt.rcParams["font.sans-serif"] = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "DejaVu Sans"]
+    figure, axes = plt.subplots(figsize=size, dpi=120)
+    yield axes
     figure.tight_layout()
-    figure.savefig(picture)
+    figure.savefig(path)
     plt.close(figure)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from nanochat import InputError, processes, runs
+from nanochat import InputError, lora, processes, runs
 from nanochat.model import GPT, LOSS_CHUNK, Batch
 from nanochat.runtime import autocast, clock, out_of_memory, rng_state, set_rng_state
 
@@ -231,8 +231,9 @@ def optimizer_bytes(optimizer) -> int:
 
 
 def checkpoint_bytes(model: GPT, optimizer) -> int:
-    """Size of a checkpoint: fp32 weights, the optimizer's state, and 4 MB for the tokenizer and the rest."""
-    return sum(4 * p.numel() for p in model.parameters()) + optimizer_bytes(optimizer) + 4_000_000
+    """Size of a checkpoint: fp32 weights (with LoRA only those that learn), the optimizer's state, and 4 MB for the tokenizer and the rest."""
+    alone = lora.is_adapted(model)
+    return sum(4 * p.numel() for p in model.parameters() if p.requires_grad or not alone) + optimizer_bytes(optimizer) + 4_000_000
 
 
 @processes.on_rank_0

@@ -2,6 +2,8 @@
 
     out/
       metrics.jsonl  loss.png                 metrics.py
+      report.md  report.json                  report.py, with its pictures
+      base/                                   with LoRA: what the steps, which are adapters, stand on
       best -> step-000400    last -> step-000400
       step-000400/                            a checkpoint (checkpoint.py), and for --resume:
         resume/state.pt  optimizer, scaler, random state, data position, settings
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nanochat import InputError, __version__, processes
+from nanochat import InputError, __version__, lora, processes
 from nanochat.checkpoint import (
     SUMS,
     followed,
@@ -32,11 +34,14 @@ from nanochat.checkpoint import (
     sha256_of,
     shortened,
     verify,
+    write,
     write_hugging_face,
     write_json,
 )
 from nanochat.model import GPT
 from nanochat.tokenizer import TEMPLATE_NAME, Tokenizer, read_json
+
+REPORTS = ("metrics.jsonl", "loss.png", "report.md", "report.json", "lengths.png", "confusion.png")  # written beside the steps
 
 try:
     import fcntl
@@ -132,7 +137,7 @@ def clear(out: Path) -> None:
     """Delete the run in `out`, and nothing else there: when all is ready, so that an error costs none."""
     out.mkdir(parents=True, exist_ok=True)
     claim(out)
-    for name in ("best", "last", "metrics.jsonl", "loss.png"):
+    for name in ("best", "last", "base", *REPORTS):
         remove(out / name)
     for folder in [*saved_steps(out), *out.glob("damaged-step-*")]:
         os.replace(folder, out / f".tmp-{folder.name}")  # one rename, so that a kill leaves no half of it
@@ -190,7 +195,8 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     }
     try:
         temporary.mkdir(parents=True)
-        write_hugging_face(temporary, model, tokenizer)
+        keep_base(out, model, tokenizer)
+        write(temporary, model, tokenizer)
         if resume is not None:
             (temporary / "resume").mkdir()
             with open(temporary / "resume" / "state.pt", "wb") as file:
@@ -214,6 +220,19 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
             os.replace(old, out / f".tmp-{old.name}")  # one rename, so that a kill leaves no half of it
     remove_litter(out)
     return final
+
+
+def keep_base(out: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Of a model with LoRA write out/base, once: what its checkpoints, which are adapters, stand on."""
+    if not lora.is_adapted(model) or (out / "base").exists():
+        return
+    temporary = out / ".tmp-base"
+    temporary.mkdir()
+    write_hugging_face(temporary, model, tokenizer, merge=False)
+    write_sums(temporary)
+    for path in [*temporary.iterdir(), temporary]:
+        flush_to_disk(path)
+    os.replace(temporary, out / "base")
 
 
 @processes.on_rank_0

@@ -63,7 +63,11 @@ class Tokenizer:
     """merges: pairs of byte strings in order of priority; control: names of the control tokens.
 
     chat_template: set once the model was fine-tuned on dialogue, and saved with it.
+    wordpiece.WordPieceTokenizer does the same with BERT's vocabulary.
     """
+
+    boundary = END_OF_TEXT  # begins every row and ends every document
+    unknown: str | None = None  # bytes leave nothing unknown
 
     def __init__(self, merges: Sequence[tuple[bytes, bytes]], control: Sequence[str] = (END_OF_TEXT,),
                  chat_template: str | None = None):
@@ -84,7 +88,7 @@ class Tokenizer:
 
     @property
     def end_of_text(self) -> int:
-        return self.control[END_OF_TEXT]
+        return self.control[self.boundary]
 
     @property
     def hash(self) -> str:
@@ -95,8 +99,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a control id, whatever the text contains."""
         if _has_blank(text):
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
-            return self._hugging_face().encode(text).ids
+            return self._hugging_face().encode(whole_pairs(text)).ids
         return self._bpe.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -182,11 +185,14 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TURN if self.chat_template else END_OF_TEXT,
-            "pad_token": END_OF_TEXT,
-            "additional_special_tokens": [name for name in self.control if name != END_OF_TEXT],
+            "model_input_names": ["input_ids", "attention_mask"],  # token_type_ids would be added to the input, as words
+            "bos_token": self.boundary,
+            "eos_token": END_OF_TURN if self.chat_template else self.boundary,
+            "pad_token": self.boundary,
+            "additional_special_tokens": [name for name in self.control if name != self.boundary],
         }
+        if self.unknown:
+            config["unk_token"] = self.unknown
         if self.chat_template:
             config["chat_template"] = self.chat_template
         folder = Path(folder)
@@ -199,8 +205,9 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Open tokenizer.json, or the older vocab.json + merges.txt, of a Hugging Face folder.
 
-        Raises InputError if there is none, or if it is not a byte-level BPE in merge order. A
-        chat template other than ours is left out, with a line: dialogue.py could not render it.
+        Raises InputError if there is none, or if it is not a byte-level BPE in merge order
+        (wordpiece.load opens BERT's vocabularies too). A chat template other than ours is left
+        out, with a line: dialogue.py could not render it.
         """
         folder = Path(folder)
         if (folder / "tokenizer.json").exists():
@@ -216,7 +223,7 @@ class Tokenizer:
             if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
                 seen = f"{kind} with pre-tokenizer {splitter.get('type')} and normalizer {data.get('normalizer')}"
                 seen = " ".join(seen.split())[:200]
-                raise InputError(f"{path}: {seen}; only GPT-2's kind, a byte-level BPE, is read")
+                raise InputError(f"{path}: {seen}; only byte-level BPE, GPT-2's kind, and BERT's WordPiece are read")
             vocab, merges = model.get("vocab"), model.get("merges")
             control = {token["content"]: token.get("id") for token in added}
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -232,7 +239,7 @@ class Tokenizer:
             raise InputError(f"{path}: damaged: no vocabulary with a number for each token, and list of merges")
         text_tokens = 256 + len(merges)
         control |= {name: i for name, i in vocab.items() if i >= text_tokens}
-        template = _read_template(folder)
+        template = read_template(folder)
         try:
             merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
             tokenizer = cls(merges, sorted(control, key=control.get), template)
@@ -248,7 +255,7 @@ class Tokenizer:
         return tokenizer
 
 
-def _read_template(folder: Path) -> str | None:
+def read_template(folder: Path) -> str | None:
     """The folder's chat template if it is ours; newer versions of transformers keep it in a file of its own."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.exists():
@@ -267,6 +274,11 @@ def not_utf8(path: str | Path, error: UnicodeDecodeError, line: int = 1, byte: i
     guess = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gbk"
     return InputError(f"{path}, line {line}: not UTF-8 at byte {byte + error.start}; "
                       f"convert it, e.g. iconv -f {guess} -t utf-8")
+
+
+def whole_pairs(text: str) -> str:
+    """The text with halves of surrogate pairs joined, or replaced by U+FFFD where alone, as tiktoken does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _has_blank(text: str) -> bool:

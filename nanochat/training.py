@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -43,11 +43,11 @@ from nanochat.tokenizer import Tokenizer
 @runtime.signals_wait()
 def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig, *, out: Path, settings: dict,
           device: torch.device, dtype: torch.dtype, evaluate: Callable[[], dict[str, float]],
-          sample: Callable[[], str], held_out: str = "", resume: dict | None = None) -> Progress:
+          sample: Callable[[], dict[str, str]], held_out: str = "", resume: dict | None = None) -> Progress:
     """Train `model` in place; write metrics.jsonl, loss.png and checkpoints into `out`.
 
-    evaluate() → at least {"val_loss"}; sample() → a text to look at; settings: what to save
-    beside the weights; held_out: fingerprint of what evaluate() reads; resume: the state of a
+    evaluate() → at least {"val_loss"}; sample() → prompts and what the model makes of them; settings: what
+    to save beside the weights; held_out: fingerprint of what evaluate() reads; resume: the state of a
     checkpoint of the same run, without which an earlier run in `out` is deleted. The first SIGINT
     or SIGTERM ends the run after the step that it meets, saved: runtime.Stopped is raised.
     """
@@ -72,9 +72,9 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
                     results = evaluate()
                     best = note_evaluation(progress, results["val_loss"])
                     runs.add_results(out, progress.step, results, best)
-                    record |= results
-                    bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())
-                              + f"{' (best)' if best else ''}\n  {sample()}", file=sys.stderr)
+                    record |= results | {"samples": sample()}
+                    bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items()) + " (best)" * best
+                              + "".join(f"\n  {prompt!r} → {text!r}" for prompt, text in record["samples"].items()), file=sys.stderr)
                 log.write(**record)
             if progress.step >= progress.max_steps or progress.evaluations_since_best >= (config.patience or math.inf):
                 break
@@ -540,16 +540,31 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     try:  # flags stand at False here: a default of True would change their names
         saved = resume["conditions"]["settings"]
         resume["conditions"]["processes"]  # versions before did not note it
-        plain = saved | {"out": settings.out, "resume": False, "overwrite": False}
-        began = replace(settings, **plain | {"training": TrainConfig(**saved["training"] | {"recompute": False})})
-    except (KeyError, TypeError) as error:
+        began = from_plain(settings, saved | {"out": settings.out, "resume": False, "overwrite": False})
+        began.training.recompute = False
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
     now = parse(default=began)
     now.training.recompute |= saved["training"]["recompute"]
-    before, after = (asdict(s) | asdict(s)["training"] for s in (began, now))
+    before, after = (flat(asdict(s)) for s in (began, now))
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
-               for name in after if name not in FREE | {"training"} and after[name] != before[name]]
+               for name in after if name not in FREE and after[name] != before[name]]
     if changed:
         raise InputError(f"--resume: {', '.join(changed)} would make it another run; leave it out, or start one with --init")
     return now
+
+
+def from_plain(like, values: dict):
+    """A dataclass like the one given, of the values that a JSON file kept; TypeError for another set of names."""
+    built = {
+        name: from_plain(getattr(like, name), value) if is_dataclass(getattr(like, name))
+        else tuple(value) if isinstance(getattr(like, name), tuple) else value
+        for name, value in values.items()
+    }
+    return type(like)(**built)
+
+
+def flat(values: dict) -> dict:
+    """The entries of a dict, and in place of each dict in it that one's entries: names as on the command line."""
+    return {key: item for name, value in values.items() for key, item in (flat(value) if isinstance(value, dict) else {name: value}).items()}

@@ -233,7 +233,7 @@ BAD_WEIGHTS = {
     "missing h.1.ln_1.bias": lambda t: t.pop(LN),
     "missing wte.weight": lambda t: t.pop("transformer.wte.weight"),
     "unexpected h.2.ln_1.bias": lambda t: t.update({"transformer.h.2.ln_1.bias": t[LN]}),
-    "unexpected score.weight": lambda t: t.update({"score.weight": torch.ones(2, 36)}),
+    "unexpected h.2.score": lambda t: t.update({"h.2.score": torch.ones(2, 36)}),
     "unexpected h.0.attn.bias.x": lambda t: t.update({"transformer.h.0.attn.bias.x": t[LN]}),
     r"h.0.attn.c_attn.weight is \(36, 108\)": lambda t: t.update({ATTN: t[ATTN].t()}),
     r"wpe.weight is \(23, 36\), must be \(24, 36\)": lambda t: t.update(

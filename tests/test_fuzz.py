@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from test_corpus import ARTICLE, GARDEN, dump, jsonl, page
 from torch import Tensor
 
-from nanochat import InputError, checkpoint, corpus, dialogue, sources
-from nanochat.dialogue import DialogueRows
+from nanochat import InputError, checkpoint, corpus, formats, sources, splits
+from nanochat.dialogue import to_rows
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -50,9 +50,9 @@ def dialogues(name: str, text: str) -> Callable:
         (folder / name).write_text(text, encoding="utf-8")
 
         def read():
-            conversations, problems = dialogue.read(folder / name)
+            conversations, problems = formats.read(folder / name)
             assert not [problem for problem in problems if len(problem.splitlines()) != 1]
-            rows = DialogueRows.build([c for part in dialogue.split(conversations) for c in part], TINY, 24)
+            rows = to_rows([c for part in splits.split(conversations) for c in part], TINY, 24)
             assert len(list(rows.batches(8))) and rows.fingerprint
 
         return read

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import InputError, checkpoint, generate, runs
-from nanochat.dialogue import Cuts, DialogueRows, render, render_prompt, windows
-from nanochat.evaluate import Replies, greedy_replies, score
+from nanochat.dialogue import Cuts, render, render_prompt, to_rows, windows
+from nanochat.evaluate import Replies, about_replies, greedy_replies, score, words_of
 from nanochat.generate import (
     Chat,
     SampleConfig,
@@ -235,7 +235,7 @@ def test_streaming_that_stops_early_leaves_the_mode_as_it_was(tokenizer, make_mo
 def test_sampling_and_evaluation_draw_nothing_from_the_default_generator(tokenizer, make_model):
     model = make_model(vocab_size=tokenizer.vocab_size, block_size=64, dropout=0.2).train()
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    rows = DialogueRows.build([talk], tokenizer, 64)
+    rows = to_rows([talk], tokenizer, 64)
     before = torch.get_rng_state()
     said_by(model, [prompt_of(4)], SampleConfig(max_new_tokens=30, temperature=1))
     first = score(model, tokenizer, rows.batches(1))
@@ -610,7 +610,7 @@ def test_the_score_is_the_mean_over_all_targets_however_they_are_batched(tokeniz
         [{"role": "user", "content": "你" * i}, {"role": "assistant", "content": "A boat. 🙂" * (i % 3)}]
         for i in range(1, 8)
     ]
-    rows = DialogueRows.build(talks, tokenizer, 64)
+    rows = to_rows(talks, tokenizer, 64)
     result = score(model, tokenizer, rows.batches(2))
     nats = tokens = text_bytes = 0
     for talk in talks:
@@ -635,7 +635,7 @@ def test_where_every_token_is_equally_likely_the_score_is_known_by_hand(tokenize
     row = [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
     batch = Batch(torch.tensor([row[:-1]]), torch.tensor([row[1:]]))  # its targets: 4 bytes and one end
     nats = (len(ids) + 1) * math.log(V)
-    expected = {"loss": math.log(V), "perplexity": V, "bits_per_byte": nats / math.log(2) / 4}
+    expected = {"loss": math.log(V), "perplexity": V, "accuracy": 0, "bits_per_byte": nats / math.log(2) / 4}
     assert score(model, tokenizer, [batch]) == pytest.approx(expected, rel=1e-12)
 
 
@@ -673,12 +673,22 @@ def test_greedy_replies_ask_the_first_different_user_turns(tokenizer, make_model
         assert (replies.replies[i], replies.lengths[i], replies.ended[i]) == (tokenizer.decode(new), len(new), ended)
     assert greedy_replies(model, tokenizer, talks, max_new_tokens=6, batch_size=1) == replies
     assert greedy_replies(model, tokenizer, talks, limit=2, max_new_tokens=6).replies == replies.replies[:2]
-    assert str(greedy_replies(model, tokenizer, talks[3:5])) == "no replies: no conversation has a user turn"
+    nobody_asks = greedy_replies(model, tokenizer, talks[3:5])
+    assert about_replies(nobody_asks.numbers()) == "no replies: no conversation has a user turn"
 
 
 def test_a_summary_of_replies_counts_ends_and_repetitions():
     replies = Replies(["a", "b", "c", "d"], ["Yes.", "", "Yes.", "No"], [2, 0, 2, 64], [True, True, True, False])
-    assert str(replies) == "4 replies: 75% end by themselves, median length 2 tokens, 3 distinct, 1 empty"
+    assert about_replies(replies.numbers()).startswith("4 replies: 75% end by themselves, median length 2 tokens, 3 distinct, 1 empty")
+
+
+def test_distinct_n_and_repetition_of_replies_are_those_counted_by_hand():
+    replies = Replies(["a", "b"], ["to be to be to be", "我是我"], [6, 3], [True, True])
+    assert words_of("Don't: 我是 2nd") == ["don", "'", "t", ":", "我", "是", "2nd"]
+    numbers = replies.numbers()
+    assert numbers["distinct_1"] == 4 / 9  # to be 我 是
+    assert numbers["distinct_2"] == 4 / 7  # to-be be-to 我-是 是-我
+    assert numbers["repetition_4"] == pytest.approx((1 / 3 + 0) / 2)  # to-be-to-be be-to-be-to to-be-to-be; the other has none
 
 
 # chat

@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "model": 0, "tokenizer": 0, "wikitext": 0, "processes": 0,
-    "runtime": 1, "metrics": 1, "sources": 1, "dialogue": 1,
-    "checkpoint": 2, "corpus": 2,
-    "generate": 3, "runs": 3,
-    "evaluate": 4, "rehearsal": 4,
-    "training": 5,
+    "model": 0, "tokenizer": 0, "wikitext": 0, "processes": 0, "splits": 0,
+    "runtime": 1, "metrics": 1, "sources": 1, "rows": 1, "records": 1, "lora": 1, "wordpiece": 1,
+    "corpus": 2, "formats": 2, "classifier": 2,
+    "checkpoint": 3, "dialogue": 3,
+    "generate": 4, "runs": 4, "preview": 4,
+    "evaluate": 5, "rehearsal": 5,
+    "training": 6, "report": 6, "tasks": 6,
 }
 SCRIPTS = ("train", "finetune", "sample")
 

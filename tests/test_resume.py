@@ -23,8 +23,8 @@ from test_training import CPU, RandomExamples, assert_equal_states, overflowing,
 
 import finetune
 import train
-from nanochat import InputError, checkpoint, corpus, processes, rehearsal, runs, runtime, training
-from nanochat.dialogue import DialogueRows
+from nanochat import InputError, checkpoint, corpus, dialogue, processes, rehearsal, runs, runtime, training
+from nanochat.lora import LoRAConfig
 from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
 from nanochat.runtime import Stopped
@@ -231,7 +231,7 @@ def test_patience_and_best_count_on_across_a_kill(end, tokenizer, tmp_path, monk
         if state:
             model = checkpoint.load(checkpoint.followed(out / "last"))[0]
         return training.train(model, tokenizer, RandomExamples([9] * 5), config, out=out, settings={}, device=CPU,
-                              dtype=torch.float32, sample=lambda: "", **state,
+                              dtype=torch.float32, sample=lambda: {}, **state,
                               evaluate=lambda: {"val_loss": losses[runs.step_of(checkpoint.followed(out / "last"))]})
 
     expected = go(tmp_path / "whole")
@@ -292,7 +292,8 @@ OTHER = {  # another value for every setting
     "n_layer": "3", "n_head": "4", "n_embd": "64", "dropout": "0.3",
     "batch_size": "4", "accumulate": "3", "max_steps": "9", "max_minutes": "3", "epochs": "2", "optimizer": "adamw",
     "learning_rate": "0.02", "eval_every": "5", "warmup_steps": "3", "weight_decay": "0.2", "clip": "2", "dtype": "float16", "compile": "no",
-    "seed": "7", "preset": "gpt2", "beta2": "0.95",
+    "seed": "7", "preset": "gpt2", "beta2": "0.95", "task": "classify", "method": "lora", "learn": "1", "balance": True,
+    "rank": "4", "alpha": "3", "lora_dropout": "0.5", "targets": "mlp.c_fc",
 }
 
 
@@ -301,16 +302,17 @@ def test_every_setting_is_free_on_resume_or_refused_by_name(name, interrupted, s
     """A setting that is added later must be thought of here: it fails this test until it is."""
     out = interrupted(name)
     before = files_in(out)
-    settings = {field.name for field in (*fields(SCRIPTS[name].Settings), *fields(TrainConfig))} - {"training"}
+    owners = (SCRIPTS[name].Settings, TrainConfig, *([LoRAConfig] if name == "finetune.py" else []))
+    settings = {field.name for owner in owners for field in fields(owner)} - {"training", "lora"}
     assert training.FREE == {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch", "recompute"}
     for setting in sorted(settings - training.FREE):
         flag, value = f"--{setting.replace('_', '-')}", OTHER[setting]
         if (name, setting) == ("finetune.py", "optimizer"):
             value = "muon"
         with pytest.raises(InputError) as refusal:
-            start(name, "--resume", "--out", out, flag, value)
+            start(name, "--resume", "--out", out, flag, *([] if value is True else [value]))
         assert f"{flag} " in str(refusal.value) and "--init" in str(refusal.value) and "\n" not in str(refusal.value)
-        assert value in str(refusal.value)
+        assert str(value) in str(refusal.value)
     assert files_in(out) == before
 
 
@@ -512,7 +514,7 @@ def test_a_signal_of_an_earlier_run_does_not_stop_the_next(tokenizer, tmp_path, 
 
 @pytest.mark.parametrize("name, owner, function", [
     ("train.py", corpus, "_write_shards"), ("train.py", checkpoint, "read_tensors"),
-    ("finetune.py", checkpoint, "read_tensors"), ("finetune.py", DialogueRows, "build"),
+    ("finetune.py", checkpoint, "read_tensors"), ("finetune.py", dialogue, "to_rows"),
 ])
 def test_ctrl_c_before_training_ends_in_one_line(name, owner, function, start, tmp_path, monkeypatch, capsys):
     """While the corpus is made, the weights are read, the rows are cut."""
@@ -532,7 +534,7 @@ def test_killed_in_the_final_evaluation_everything_is_there(name, optimizer, sta
         killed(dying, checkpoint, "load", lambda source: Path(source) == tmp_path / "cut")
         start(name, *flags_of(name, "--optimizer", optimizer), "--out", tmp_path / "cut")
     assert_same_end(whole(name, optimizer), tmp_path / "cut")
-    assert "wrote" not in capsys.readouterr().out.splitlines()[-1]
+    assert "wrote" not in capsys.readouterr().out
     resume(start, name, tmp_path / "cut")
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {tmp_path / 'cut'}")
 
@@ -673,7 +675,7 @@ def test_ctrl_c_while_workers_clean_articles_ends_in_one_line(tmp_path):
 def test_other_held_out_data_is_refused_since_best_and_patience_compare_its_losses(tokenizer, tmp_path):
     data = RandomExamples([9] * 5)
     settings = dict(out=tmp_path, settings={}, device=torch.device("cpu"), dtype=torch.float32,
-                    evaluate=lambda: {"val_loss": 1.0}, sample=lambda: "")
+                    evaluate=lambda: {"val_loss": 1.0}, sample=lambda: {})
     config = TrainConfig(batch_size=2, max_steps=4, save_every=2)
     training.train(tiny(tokenizer), tokenizer, data, config, held_out="one text", **settings)
     step, state = runs.open_run(tmp_path, resume=True, overwrite=False)
@@ -728,5 +730,5 @@ def test_a_signal_with_a_dead_standard_error_still_saves(tokenizer, tmp_path, mo
     with pytest.raises(runtime.Stopped):
         training.train(tiny(tokenizer), tokenizer, Signalled([9] * 5), TrainConfig(batch_size=2, max_steps=9, save_every=2),
                        out=tmp_path, settings={}, device=torch.device("cpu"), dtype=torch.float32,
-                       evaluate=lambda: {"val_loss": 1.0}, sample=lambda: "")
+                       evaluate=lambda: {"val_loss": 1.0}, sample=lambda: {})
     assert [step.name for step in runs.saved_steps(tmp_path)] == ["step-000002", "step-000003"]

@@ -344,7 +344,8 @@ def test_help_lists_every_setting_with_type_and_default(name, monkeypatch, capsy
         for kind in kinds:
             choices = "{" + ",".join(typing.get_args(kind)) + "}" if typing.get_origin(kind) is typing.Literal else ""
             assert (choices or names.get(kind, "STR")) in shown, (flag, shown)
-        text = "(repeatable)" if default == () else f"(default: {default if str(default) else repr(default)})"
+        default = " ".join(default) if isinstance(default, tuple) else default
+        text = "(repeatable)" if default == "" and tuple in map(typing.get_origin, kinds) else f"(default: {default if str(default) else repr(default)})"
         assert shown.endswith(text) and len(shown.split()) > 4, (flag, shown)
 
 

@@ -46,7 +46,7 @@ def run(model, data, out, tokenizer, dtype=torch.float32, resume=None, **setting
     config = TrainConfig(**dict(batch_size=2, max_steps=4, learning_rate=1e-3, warmup_steps=2, seed=3) | settings)
     progress = train(model, tokenizer, data, config, out=out, settings={}, device=CPU, dtype=dtype, resume=resume,
                      evaluate=lambda: {"val_loss": float(model.wte.weight.detach().double().norm())},
-                     sample=lambda: "a sample")
+                     sample=lambda: {"a": "sample"})
     return progress, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -324,7 +324,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(val_loss, tokenizer,
     config = TrainConfig(batch_size=2, max_steps=4, eval_every=2)
     with pytest.raises(InputError, match=f"step 4: validation loss {val_loss}: .*--learning-rate"):
         train(tiny(tokenizer), tokenizer, RandomExamples([9] * 4), config, out=tmp_path, settings={}, device=CPU,
-              dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: "")
+              dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: {})
     assert checkpoint.followed(tmp_path / "best").name == "step-000002"
     assert_no_number_is_missing(tmp_path)
 
@@ -476,7 +476,7 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, mon
     model = tiny(tokenizer)
     config = TrainConfig(batch_size=2, max_steps=10, eval_every=1, keep=1, patience=3)
     progress = train(model, tokenizer, RandomExamples([9] * 4), config, out=tmp_path, settings={}, device=CPU,
-                     dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: "")
+                     dtype=torch.float32, evaluate=lambda: {"val_loss": next(losses)}, sample=lambda: {})
     assert progress.step == 5 and progress.best_loss == 2.0
     assert checkpoint.locate(tmp_path).resolve().name == "step-000002"
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000005"]

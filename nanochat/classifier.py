@@ -1,0 +1,208 @@
+"""Texts with labels: a label head on the last token of a GPT, its batches, and its report.
+
+    <|endoftext|> The film is a delight.<|end|>
+                                        ~~~~~~~ here the head reads what the network made of the whole text
+
+The end token is always the same one, so the head need not tell where a text ends. A labelled text is a window
+whose only target is its label, at that token: packing, batches, the loop and the loss are those of dialogue.
+
+Source: Radford et al. 2018 (GPT), section 3.2; names and pooling of Hugging Face's GPT2ForSequenceClassification,
+to which tests/test_classifier.py holds this file.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat import InputError, records
+from nanochat.model import GPT, GPTConfig, at_least_fp32
+from nanochat.rows import Rows, Window
+from nanochat.tokenizer import END_OF_TURN, Tokenizer
+
+Labelled = tuple[str, str]  # (text, label)
+
+TEXTS = ("text", "sentence", "content", "review", "文本", "内容", "句子")
+LABELS = ("label", "class", "category", "sentiment", "标签", "类别")
+MOST_LABELS = 1000
+
+
+class GPTClassifier(GPT):
+    """A GPT whose head gives scores of labels instead of tokens."""
+
+    def __init__(self, config: GPTConfig, labels: Sequence[str]):
+        super().__init__(config)
+        self.labels = list(labels)
+        self.score = nn.Linear(config.n_embd, len(self.labels), bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+        self.class_weights: Tensor | None = None  # (labels,), of the loss
+
+    def head(self, x: Tensor) -> Tensor:
+        """Vectors (..., C) → scores (..., labels)."""
+        return self.score(x)
+
+    def chunk_nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Vectors (N, C), labels (N,) → −ln p of each label, (N,), times its class's weight in training."""
+        weight = None if self.class_weights is None or not self.training else self.class_weights.to(x.device)
+        return F.cross_entropy(at_least_fp32(self.head(x)), targets, weight, reduction="none")
+
+
+def with_label_head(model: GPT, labels: Sequence[str]) -> GPTClassifier:
+    """A classifier around the weights of `model`, which it shares; its head starts at random."""
+    with torch.device("meta"):
+        classifier = GPTClassifier(model.config, labels)
+    classifier.load_state_dict(model.state_dict(), strict=False, assign=True)
+    classifier.score.to_empty(device=model.wte.weight.device)
+    nn.init.normal_(classifier.score.weight, std=0.02)
+    return classifier.requires_grad_(True)
+
+
+def balanced(examples: Sequence[Labelled], labels: Sequence[str]) -> Tensor:
+    """Weights (labels,) by which each label counts as much as any other in the sum over `examples`; their mean over them is 1."""
+    counts = Counter(label for _, label in examples)
+    return torch.tensor([len(examples) / (len(labels) * counts[label]) if counts[label] else 0.0 for label in labels])
+
+
+# ------------------------------------------------------------------ files and rows
+
+
+def read(path: str | Path) -> tuple[list[Labelled], list[str]]:
+    """Labelled texts of a file (JSON lines, an array, CSV, TSV), and one line "file:line: reason" for each record left out.
+
+    A record has a text (text, sentence, content, review) and a label (label, class, category, sentiment).
+    Raises InputError if the file has no usable one.
+    """
+    examples, problems = [], []
+    for line, record in records.read(path):
+        try:
+            examples.append(_labelled(record))
+        except InputError as error:
+            problems.append(f"{path}:{line}: {error}")
+    if not examples:
+        raise InputError(f"{problems[0] if problems else f'{path}: empty'} (no usable labelled text in the file)")
+    return examples, problems
+
+
+def _labelled(record: object) -> Labelled:
+    """One record → (text, label)."""
+    if isinstance(record, InputError):
+        raise record
+    if not isinstance(record, dict):
+        raise InputError(f"a record is {type(record).__name__}, must be an object with a text and a label")
+    fields = {str(name).strip().lower(): value for name, value in record.items()}
+    text, label = ([name for name in names if name in fields] for names in (TEXTS, LABELS))
+    if not (len(text) == len(label) == 1):
+        raise InputError(f'keys are {records.shown(list(record))}: name the text "text" and its label "label", each once; '
+                         "all others are left aside")
+    text, label = fields[text[0]], fields[label[0]]
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"the text is {'empty' if isinstance(text, str) else type(text).__name__}, must be text")
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
+        raise InputError(f"the label is {label!r}, must be a word or a whole number")
+    return text, str(label).strip()
+
+
+def labels_of(examples: Sequence[Labelled]) -> list[str]:
+    """The labels, in alphabetical order; InputError if there are too few or too many to be classes."""
+    labels = sorted({label for _, label in examples})
+    if not 2 <= len(labels) <= min(MOST_LABELS, len(examples) // 2):
+        raise InputError(f"{len(examples):,} texts have {len(labels):,} different labels ({records.shown(labels)}): "
+                         "a classifier needs two at least, and two texts of each on average")
+    return labels
+
+
+@dataclass
+class Cuts:
+    """Texts that did not fit."""
+
+    texts: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.texts} texts cut to fit the block"
+
+
+def to_rows(examples: Sequence[Labelled], labels: Sequence[str], tokenizer: Tokenizer, block_size: int, pack: bool = True) -> Rows:
+    """A window for each text: its ids, then its label's number as the only target. Of longer ones, the beginning stays."""
+    number = {label: i for i, label in enumerate(labels)}
+    end, room = tokenizer.control[END_OF_TURN], block_size - 2
+    cuts, windows = Cuts(), []
+    for source, (text, label) in enumerate(examples):
+        ids = tokenizer.encode(text)
+        cuts.texts += len(ids) > room
+        ids = [tokenizer.end_of_text, *ids[:room], end, number[label]]
+        windows.append(Window(ids, [False] * (len(ids) - 1) + [True], source))
+    return Rows.of(windows, block_size, cuts, pack)
+
+
+@torch.no_grad()
+def probabilities(model: GPTClassifier, rows: Rows, batch_size: int) -> Tensor:
+    """Of each label, for each text: (texts, labels), in the order of the texts; fp32."""
+    device, training = model.wte.weight.device, model.training
+    model.eval()
+    found = torch.zeros(sum(map(len, rows.rows)), len(model.labels))
+    for start in range(0, len(rows), batch_size):
+        indices = range(start, min(start + batch_size, len(rows)))
+        batch = rows.batch(indices).to(device)
+        x = model.features(batch.inputs, segments=batch.segments)[batch.targets >= 0]  # (texts of the batch, C), row by row
+        sources = [window.source for i in indices for window in rows.rows[i]]
+        found[sources] = model.head(x).float().softmax(dim=-1).cpu()
+    model.train(training)
+    return found
+
+
+# ------------------------------------------------------------------ report
+
+
+@dataclass
+class Report:
+    """What a classifier got right: counts[i, j] texts of label i were taken for label j."""
+
+    labels: list[str]
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, labels: list[str], truth: Sequence[int], predicted: Sequence[int]) -> "Report":
+        counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        np.add.at(counts, (np.asarray(truth), np.asarray(predicted)), 1)
+        return cls(labels, counts)
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.counts) / max(self.counts.sum(), 1))
+
+    @property
+    def majority(self) -> float:
+        """The accuracy of always saying the commonest label."""
+        return float(self.counts.sum(1).max() / max(self.counts.sum(), 1))
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Of the texts taken for a label, the share that have it; 0 if there are none."""
+        return np.diag(self.counts) / np.maximum(self.counts.sum(0), 1)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Of the texts that have a label, the share taken for it."""
+        return np.diag(self.counts) / np.maximum(self.counts.sum(1), 1)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """The harmonic mean of precision and recall."""
+        return 2 * np.diag(self.counts) / np.maximum(self.counts.sum(0) + self.counts.sum(1), 1)
+
+    @property
+    def macro_f1(self) -> float:
+        return float(self.f1.mean())
+
+    def table(self) -> list[list[str]]:
+        """A row for each label, under a row of titles."""
+        rows = [["label", "precision", "recall", "F1", "support"]]
+        for i, label in enumerate(self.labels):
+            numbers = (self.precision[i], self.recall[i], self.f1[i])
+            rows.append([label, *(f"{number:.3f}" for number in numbers), f"{self.counts[i].sum():,}"])
+        return rows

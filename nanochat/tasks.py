@@ -1,0 +1,98 @@
+"""What a GPT is fine-tuned for: to reply, or to give a label. The same questions, answered for each.
+
+finetune.py is written once; a task says how its examples are read, what of them is learned, how the
+outcome is measured and what is shown of it.
+"""
+
+from nanochat import InputError, classifier, dialogue, evaluate, formats, preview
+from nanochat.classifier import GPTClassifier, Labelled
+from nanochat.formats import Conversation
+from nanochat.model import GPT
+from nanochat.rows import Rows
+from nanochat.tokenizer import Tokenizer
+
+PROMPTS = 5  # held-out first turns that are answered at each evaluation
+
+
+class Chat:
+    """Learn the assistant's part of conversations."""
+
+    examples = "conversations"
+    read = staticmethod(formats.read)
+    describe = staticmethod(preview.about_conversations)
+
+    def prepare(self, model: GPT, train: list[Conversation], balance: bool) -> GPT:
+        """The model to train."""
+        if isinstance(model, GPTClassifier):
+            raise InputError("--init is a classifier: its head gives labels, not text; start from the model that it came from")
+        if balance:
+            raise InputError("--balance is for --task classify")
+        return model
+
+    def rows(self, examples: list[Conversation], model: GPT, tokenizer: Tokenizer, block_size: int) -> Rows:
+        """What is learned, or scored."""
+        return dialogue.to_rows(examples, tokenizer, block_size)
+
+    def text(self, example: Conversation) -> str:
+        """All that was said: what makes two examples duplicates."""
+        return "\n".join(message["content"] for message in example)
+
+    def ask(self, model: GPT, tokenizer: Tokenizer, examples: list[Conversation]) -> dict[str, str]:
+        """The first PROMPTS different first turns → greedy replies."""
+        replies = evaluate.greedy_replies(model, tokenizer, examples, limit=PROMPTS, max_new_tokens=40)
+        return dict(zip(replies.prompts, replies.replies))
+
+    def measure(self, model: GPT, tokenizer: Tokenizer, examples: list[Conversation], rows: Rows, batch_size: int) -> dict:
+        """All that report.md says of a model on held-out examples."""
+        return evaluate.measure_chat(model, tokenizer, examples, rows, batch_size)
+
+    def headline(self, result: dict) -> str:
+        """The measure of success, in a few words."""
+        return f"perplexity {result['perplexity']:.2f}"
+
+    def details(self, result: dict) -> str:
+        """A line more about a result."""
+        return evaluate.about_replies(result["replies"])
+
+
+class Classify:
+    """Learn the labels of texts."""
+
+    examples = "labelled texts"
+    read = staticmethod(classifier.read)
+    describe = staticmethod(preview.about_texts)
+
+    def prepare(self, model: GPT, train: list[Labelled], balance: bool) -> GPTClassifier:
+        """A label head on the model, new unless it has one for just these labels."""
+        labels = classifier.labels_of(train)
+        if not isinstance(model, GPTClassifier) or model.labels != labels:
+            model = classifier.with_label_head(model, labels)
+        model.class_weights = classifier.balanced(train, labels) if balance else None
+        return model
+
+    def rows(self, examples: list[Labelled], model: GPTClassifier, tokenizer: Tokenizer, block_size: int) -> Rows:
+        if unknown := sorted({label for _, label in examples} - set(model.labels)):
+            raise InputError(f"held-out texts have the label {unknown[0]!r}, which no training text has")
+        return classifier.to_rows(examples, model.labels, tokenizer, block_size)
+
+    def text(self, example: Labelled) -> str:
+        return example[0]
+
+    def ask(self, model: GPTClassifier, tokenizer: Tokenizer, examples: list[Labelled]) -> dict[str, str]:
+        """The first PROMPTS texts → their likeliest label and its probability."""
+        first = examples[:PROMPTS]
+        rows = classifier.to_rows(first, model.labels, tokenizer, model.config.block_size)
+        found = classifier.probabilities(model, rows, PROMPTS)
+        return {text: f"{model.labels[int(p.argmax())]} {p.max():.0%} (it is {label})" for (text, label), p in zip(first, found)}
+
+    def measure(self, model: GPTClassifier, tokenizer: Tokenizer, examples: list[Labelled], rows: Rows, batch_size: int) -> dict:
+        return evaluate.measure_classifier(model, examples, rows, batch_size)
+
+    def headline(self, result: dict) -> str:
+        return f"accuracy {result['accuracy']:.3f}, macro F1 {result['macro_f1']:.3f}"
+
+    def details(self, result: dict) -> str:
+        return f"the accuracy of always saying the commonest label: {result['majority']:.3f}"
+
+
+TASKS = {"chat": Chat, "classify": Classify}
