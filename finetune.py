@@ -65,6 +65,7 @@ def main() -> None:
     """Assemble a run, train, and compare the best checkpoint with the start on held-out examples."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
+    settings.overwrite |= settings.show_batch and not settings.resume  # nothing is written then, so --out may hold a run
     settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=5)
     config, task = settings.training, TASKS[settings.task]()
     parts = read_parts(settings, task)
@@ -74,10 +75,7 @@ def main() -> None:
     task.prepare(model, train_split, settings.balance)
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
-    if settings.method == "lora" and not lora.is_adapted(model):
-        lora.add_lora(model, settings.lora, len(CHAT_TOKENS))
-    elif settings.method == "freeze":
-        lora.freeze(model, settings.learn, len(CHAT_TOKENS))
+    choose_what_learns(model, tokenizer, settings)
     block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
     if block_size < 16:
         raise InputError(f"--block-size is {block_size}, must be at least 16")
@@ -86,10 +84,10 @@ def main() -> None:
         raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
     if settings.show_batch:
         found = preview.about(parts, task.text, train_rows, task.describe(train_split, tokenizer))
-        print(preview.summary(found))
+        first = training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed)
         marks = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-        for index in training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed):
-            print(preview.show_row(train_rows.rows[index], tokenizer, getattr(model, "labels", None), marks))
+        print(preview.summary(found))
+        print("\n".join(preview.show_row(train_rows.rows[i], tokenizer, getattr(model, "labels", None), marks) for i in first))
         return
     share = train_rows.supervised_tokens / train_rows.input_tokens
     print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
@@ -104,43 +102,42 @@ def main() -> None:
     progress = training.train(
         model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings), device=device, dtype=dtype,
         evaluate=evaluation, sample=lambda: task.ask(model, tokenizer, val_split), held_out=val_rows.fingerprint, resume=resume)
-    memory = runtime.peak_memory(device)
+    run = {
+        "method": settings.method,
+        "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(w.numel() for w in lora.plain_state(model).values()),
+        "steps": progress.step,
+        "seconds of training": round(progress.seconds, 1),
+        "peak memory, MB": round(runtime.peak_memory(device) / 1e6),
+    }
 
-    def outcome(source: str | Path | None) -> tuple[dict | None, dict[str, str]]:
-        """What a checkpoint, or the start of this run, does on the test split, and with the prompts of the validation split."""
-        tried = start(settings, task, train_split)[0] if source is None else checkpoint.load(source)[0]
+    def outcome(tried: GPT) -> tuple[dict, dict[str, str]]:
+        """What a model does on the test split, and with the prompts of the validation split."""
         tried.to(device)
         return (task.measure(tried, tokenizer, test_split, test_rows, config.batch_size),
                 {} if processes.rank() else task.ask(tried, tokenizer, val_split))
 
-    before, asked_before = outcome(None) if settings.task == "chat" else (None, {})  # a new label head knows nothing
-    after, asked_after = outcome(settings.out)
+    before, replies_before = None, {}
+    if settings.task == "chat":  # a new label head knows nothing
+        try:
+            before, replies_before = outcome(start(settings, task, train_split)[0])
+        except InputError as error:  # a resumed run, where --init no longer is
+            print(f"{error}; so {settings.out / 'report.md'} cannot say how good the start was", file=sys.stderr)
+    after, replies = outcome(checkpoint.load(settings.out)[0])
     if processes.rank():
         return
     best = checkpoint.locate(settings.out)
-    content = {
+    run |= {"the best step": runs.step_of(best), "the best checkpoint, MB": round(sum(file.stat().st_size for file in best.iterdir()) / 1e6, 1)}
+    report.write(settings.out, {
         "settings": asdict(settings),
         "data": preview.about(parts, task.text, train_rows, task.describe(train_split, tokenizer)),
-        "run": {
-            "method": settings.method,
-            "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "parameters": sum(w.numel() for w in lora.plain_state(model).values()),
-            "steps": progress.step,
-            "the best step": runs.step_of(best),
-            "seconds of training": round(progress.seconds, 1),
-            "peak memory, MB": round(memory / 1e6),
-            "the best checkpoint, MB": round(sum(file.stat().st_size for file in best.iterdir() if file.is_file()) / 1e6, 1),
-        },
-        "before": before,
-        "after": after,
-        "asked": {prompt: (asked_before.get(prompt, "–"), reply) for prompt, reply in asked_after.items()},
-    }
-    report.write(settings.out, content)
-    for prompt, reply in asked_after.items():
-        print(f"  {prompt!r} → {reply!r}")
+        "run": run, "before": before, "after": after,
+        "asked": {prompt: (replies_before.get(prompt, "–"), reply) for prompt, reply in replies.items()},
+    })
+    print("\n".join(f"  {prompt!r} → {reply!r}" for prompt, reply in replies.items()))
     print(task.details(after))
-    print(f"{settings.method}: {content['run']['parameters that learn']:,} of {content['run']['parameters']:,} parameters learned, "
-          f"{progress.seconds:.0f} s, {memory / 1e9:.2f} GB at most, {content['run']['the best checkpoint, MB']:,} MB a checkpoint")
+    print(f"{run['parameters that learn']:,} of {run['parameters']:,} parameters learned in {run['seconds of training']:.0f} s, "
+          f"{run['peak memory, MB']:,} MB of memory at most, {run['the best checkpoint, MB']:,} MB a checkpoint")
     same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
     print(f"test {task.headline(before) + ' before, ' if before else ''}{task.headline(after)} after{same}")
     print(f"wrote {settings.out / 'report.md'}; next: python sample.py --checkpoint {settings.out}")
@@ -174,6 +171,15 @@ def start(settings: Settings, task: Chat | Classify, train_split: list) -> tuple
     if tokenizer.vocab_size > model.config.vocab_size:  # GPT-2's table has no rows for the chat tokens
         model.grow(tokenizer.vocab_size)
     return task.prepare(model, train_split, settings.balance), tokenizer
+
+
+def choose_what_learns(model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Freeze, or add LoRA to, a model as --method says, unless it comes from a checkpoint that has LoRA already; in place."""
+    new_rows = tokenizer.vocab_size - min(tokenizer.control[name] for name in CHAT_TOKENS)  # they are the last ones
+    if settings.method == "lora" and not lora.is_adapted(model):
+        lora.add_lora(model, settings.lora, new_rows)
+    elif settings.method == "freeze":
+        lora.freeze(model, settings.learn, new_rows)
 
 
 if __name__ == "__main__":

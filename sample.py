@@ -3,6 +3,7 @@
     python sample.py                                          chat with out/finetuned
     python sample.py --prompt "Hello, how are you?"           one question to it
     python sample.py --checkpoint gpt2 --prompt "Once upon"   a base model continues the text
+    python sample.py --checkpoint out/reviews --prompt "…"    a classifier gives the labels of the text
 """
 
 import sys
@@ -12,7 +13,8 @@ from typing import Literal
 
 import tyro
 
-from nanochat import InputError, checkpoint, generate, runtime
+from nanochat import InputError, checkpoint, classifier, generate, runtime
+from nanochat.classifier import GPTClassifier
 from nanochat.formats import Conversation
 from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
@@ -56,6 +58,8 @@ def main() -> None:
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
     model.to(device, DTYPES[settings.dtype])
+    if isinstance(model, GPTClassifier):
+        return classify(model, tokenizer, settings.prompt)
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
@@ -72,6 +76,14 @@ def main() -> None:
         answer([*system, {"role": "user", "content": settings.prompt}], model, tokenizer, settings)
     else:
         complete(settings.prompt, model, tokenizer, settings)
+
+
+def classify(model: GPTClassifier, tokenizer: Tokenizer, text: str | None) -> None:
+    """Print the labels of a text, likeliest first; without one, the likeliest label of each line of standard input."""
+    for line in lines() if text is None else [text]:
+        rows = classifier.to_rows([(line, model.labels[0])], model.labels, tokenizer, model.config.block_size)
+        found = sorted(zip(classifier.probabilities(model, rows, 1)[0].tolist(), model.labels), reverse=True)
+        print("  ".join(f"{label} {probability:.1%}" for probability, label in found[:5]), flush=True)
 
 
 def talk(chat: Chat) -> None:
@@ -95,7 +107,7 @@ def lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from filter(None, (line.strip("\ufeff \t\r\n") for line in sys.stdin))  # a BOM: from Windows' pipes
         return
-    print("Chat with the model; Ctrl-C ends a reply, an empty line or Ctrl-D the chat.")
+    print("Say something; Ctrl-C ends a reply, an empty line or Ctrl-D the program.")
     try:
         while text := input("> ").strip():
             yield text

@@ -18,6 +18,7 @@ import tyro
 
 from data import find
 from nanochat import InputError, checkpoint, corpus, evaluate, generate, processes, runtime, training
+from nanochat.classifier import GPTClassifier
 from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -99,6 +100,8 @@ def main() -> None:
     block_size = settings.block_size
     if step or settings.init is not None:
         model, tokenizer = checkpoint.load(step or settings.init)
+        if isinstance(model, GPTClassifier):
+            raise InputError(f"--init {settings.init} is a classifier: its head gives labels, not text")
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
     folder = corpus.folder_for(source, val_source, settings.out.parent / "corpus", **given)

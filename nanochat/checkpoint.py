@@ -122,6 +122,8 @@ def load_adapted(path: Path, merge: bool) -> tuple[GPT, Tokenizer]:
         raise InputError(f"{path / ADAPTER}: base_model_name_or_path is {base!r}, must name the base")
     if Path(base).name == "base" and (path.parent / "base").is_dir():  # the run folder may have moved since
         base = path.parent / "base"
+    if (locate(base) / ADAPTER).exists():
+        raise InputError(f"{path}: its base {base} is an adapter too; only one on a whole model is read")
     model, tokenizer = load(base)
     if (path / "tokenizer.json").exists():
         tokenizer = read_tokenizer(path, model.config)

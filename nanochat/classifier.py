@@ -56,7 +56,8 @@ def with_label_head(model: GPT, labels: Sequence[str]) -> GPTClassifier:
     """A classifier around the weights of `model`, which it shares; its head starts at random."""
     with torch.device("meta"):
         classifier = GPTClassifier(model.config, labels)
-    classifier.load_state_dict(model.state_dict(), strict=False, assign=True)
+    shared = {name: w for name, w in model.state_dict().items() if not name.startswith("score.")}  # of other labels
+    classifier.load_state_dict(shared, strict=False, assign=True)
     classifier.score.to_empty(device=model.wte.weight.device)
     nn.init.normal_(classifier.score.weight, std=0.02)
     return classifier.requires_grad_(True)
@@ -104,7 +105,7 @@ def _labelled(record: object) -> Labelled:
         raise InputError(f"the text is {'empty' if isinstance(text, str) else type(text).__name__}, must be text")
     if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
         raise InputError(f"the label is {label!r}, must be a word or a whole number")
-    return text, str(label).strip()
+    return text, " ".join(str(label).split())
 
 
 def labels_of(examples: Sequence[Labelled]) -> list[str]:

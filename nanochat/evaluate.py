@@ -43,16 +43,17 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     Several processes, each called with the same batches, take turns and add up: all get the same mean.
 
     loss: nats per token. perplexity: e^loss; …_without_end: of the tokens but <|end|>. accuracy: the share of targets
-    that were the likeliest token. bits_per_byte: nats of all targets, control tokens included, over ln 2 · UTF-8 bytes
-    of their text: it compares models with different tokenizers. A classifier has no bytes and no end.
+    that were the likeliest token. bits_per_byte, …_per_character: nats of all targets, control tokens included, over
+    ln 2 · UTF-8 bytes (characters) of their text: they compare models with different tokenizers. A classifier has none
+    of these, and no end.
     """
     device = model.wte.weight.device
     classifies = isinstance(model, GPTClassifier)
-    byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
+    sizes = torch.tensor([tokenizer.byte_lengths(), tokenizer.character_counts()], device=device)
     end = -1 if classifies else tokenizer.control.get(END_OF_TURN, -1)
     training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     for number, batch in enumerate(tqdm(batches, "evaluating", total, leave=False, unit="batch", delay=2, disable=None)):
         if number % processes.world_size() != processes.rank():
             continue
@@ -61,15 +62,16 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
             nll, right = token_scores(model, batch)
         targets = batch.targets[batch.targets != IGNORED]
         inside = targets != end
-        text_bytes = 0 if classifies else byte_lengths[targets].sum()
-        sums += torch.tensor([nll.sum(), targets.numel(), text_bytes, right.sum(), nll[inside].sum(), inside.sum()], dtype=torch.float64)
+        text = [0, 0] if classifies else sizes[:, targets].sum(1).tolist()
+        sums += torch.tensor([nll.sum(), targets.numel(), *text, right.sum(), nll[inside].sum(), inside.sum()], dtype=torch.float64)
     model.train(training)
-    nats, tokens, text_bytes, right, nats_inside, inside = processes.sum_over_ranks(*sums.tolist())
+    nats, tokens, text_bytes, characters, right, nats_inside, inside = processes.sum_over_ranks(*sums.tolist())
     loss = nats / max(tokens, 1)
     result = {"loss": loss, "perplexity": perplexity(loss), "accuracy": right / max(tokens, 1)}
     if classifies:
         return result
     result["bits_per_byte"] = nats / (math.log(2) * max(text_bytes, 1))
+    result["bits_per_character"] = nats / (math.log(2) * max(characters, 1))
     if inside < tokens:
         result["perplexity_without_end"] = perplexity(nats_inside / max(inside, 1))
     return result

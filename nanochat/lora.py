@@ -29,7 +29,9 @@ PEFT = "base_model.model."
 TOKEN_ROWS = "wte.token_adapter.trainable_tokens_delta"  # in spite of its name the rows themselves
 # Fields of adapter_config.json that would change what the tensors mean, with the value that they must have here.
 REQUIRED = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-            "layer_replication": None, "lora_bias": False, "use_qalora": False, "target_parameters": None}
+            "layer_replication": None, "lora_bias": False, "use_qalora": False, "target_parameters": None, "use_bdlora": None,
+            "alora_invocation_tokens": None, "kasa_config": None, "monteclora_config": None, "arrow_config": None}
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights: the adapter fits a base that no file holds
 
 
 @dataclass
@@ -207,6 +209,8 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
     fit no matrix, whole token tables.
     """
     wrong = [f"{name} is {config[name]!r}, must be {value!r}" for name, value in REQUIRED.items() if config.get(name) not in (value, None)]
+    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+        wrong.append(f"init_lora_weights is {config['init_lora_weights']!r}, must be true")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         wrong.append(f"r is {rank!r} and lora_alpha {alpha!r}, must be numbers")
@@ -229,15 +233,16 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
         setattr(model.get_submodule(parent), last, module)
     if (rows := left.pop(TOKEN_ROWS, None)) is not None:
         V, C = model.wte.weight.shape
-        if rows.shape != (len(places), C) or not all(isinstance(i, int) and 0 <= i < V for i in places):
-            raise InputError(f"{path}: {tuple(rows.shape)} token rows for ids {places[:8]} do not fit the base's {V:,} rows of {C}")
+        if not isinstance(places, list) or not all(isinstance(i, int) and 0 <= i < V for i in places) or rows.shape != (len(places), C):
+            raise InputError(f"{path}: {tuple(rows.shape)} token rows for ids {str(places)[:80]} do not fit the base's {V:,} rows of {C}")
         with torch.no_grad():
             model.wte.weight[places] = rows.float()
         if places == list(range(V - len(places), V)):  # as ours: they may go on learning
             learn_rows(model, len(places))
-    for name in HEADS:
-        if name in left:
-            model.get_parameter(name).data.copy_(left.pop(name))
-            model.get_parameter(name).requires_grad = True
-    if left:
-        raise InputError(f"{path}: {len(left)} tensors fit nothing here, the first is {next(iter(left))[:100]}")
+    for name, p in model.named_parameters():
+        if name in HEADS and name in left and left[name].shape == p.shape:
+            p.data.copy_(left.pop(name))
+            p.requires_grad = True
+    if left or not is_adapted(model):
+        first = next(iter(left), "none")
+        raise InputError(f"{path}: {len(left)} of its {len(tensors)} tensors fit nothing in the base, the first is {first[:100]}")

@@ -93,3 +93,8 @@ def show_row(row: list[Window], tokenizer: Tokenizer, labels: Sequence[str] | No
             shown.append(f" → {marks[0]}{labels[window.ids[-1]]}{marks[1]}")
         shown.append("\n")
     return "".join(shown)
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """As much of a text as is shown."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text):,} characters)"

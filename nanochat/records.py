@@ -5,6 +5,7 @@ and gives each record with its line, so that whatever is wrong with one can be s
 """
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
     plain = sign == "\t" and all(line.count(sign) == header.count(sign) for line in text.split("\n") if line)
     quoting = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(text.split("\n") if plain else text.splitlines(keepends=True), delimiter=sign, **quoting)
+    rows = csv.reader(io.StringIO(text), delimiter=sign, **quoting)
     columns: list[str] = []
     line = 1
     while True:

@@ -9,7 +9,7 @@ from nanochat import preview
 from nanochat.checkpoint import write_json
 from nanochat.metrics import picture
 
-LOWER_IS_BETTER = {"loss": "nats per token", "perplexity": "", "perplexity_without_end": "of all but the end tokens", "bits_per_byte": ""}
+LOWER_IS_BETTER = {"loss": "nats per token", "perplexity": "", "perplexity_without_end": "of all but the end tokens", "bits_per_byte": "", "bits_per_character": ""}
 HIGHER_IS_BETTER = {"accuracy": "share of tokens (of texts) that were the likeliest", "macro_f1": "mean over the labels"}
 OF_REPLIES = {
     "ended": "replies that end by themselves", "median_tokens": "median length, tokens", "distinct": "different replies",
@@ -74,12 +74,8 @@ def failure(worst: dict) -> str:
     """One of the worst examples: a conversation, or a text that was taken for another label."""
     if "messages" in worst:
         lines = "\n".join(f"{message['role']}: {message['content']}" for message in worst["messages"])
-        return f"{worst['loss']:.2f} nats a token:\n\n{code(shortened(lines, 1500))}"
-    return f"{worst['label']}, taken for {worst['taken_for']} ({worst['probability']:.0%} sure):\n\n{code(shortened(worst['text'], 600))}"
-
-
-def shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text):,} characters)"
+        return f"{worst['loss']:.2f} nats a token:\n\n{code(preview.shortened(lines, 1500))}"
+    return f"{worst['label']}, taken for {worst['taken_for']} ({worst['probability']:.0%} sure):\n\n{code(preview.shortened(worst['text'], 600))}"
 
 
 def code(text: str) -> str:
@@ -116,8 +112,9 @@ def draw_confusion(labels: list[str], counts: np.ndarray, path: Path) -> None:
     with picture(path, size=(min(3 + 0.6 * len(labels), 20), min(2.5 + 0.5 * len(labels), 18))) as axes:
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+        names = [preview.shortened(label, 30).replace("$", r"\$") for label in labels]  # between dollars would be a formula
+        axes.set_xticks(range(len(labels)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), names)
         axes.set(xlabel="taken for", ylabel="label")
         if len(labels) <= 30:
             for i, j in np.ndindex(counts.shape):

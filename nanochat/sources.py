@@ -40,7 +40,8 @@ def documents(source: str | Path, *, workers: int | None = None) -> Iterator[tup
     """Yield (title, text) of every document with text in `source`, in order, a few MB at a time.
 
     source is told by what it is: a MediaWiki dump (XML, also .bz2); a text file, titled by its name
-    and cut at line breaks into documents of 64 kB if longer; JSONL with `text` and maybe `title`;
+    and cut at line breaks into documents of 64 kB if longer; JSONL with `text` and maybe `title`, or with
+    `messages`, whose words are then the text;
     a folder of such files; an http(s) URL of one (kept in the working directory); or a Hugging
     Face data set, `owner/name` or `owner/name:config`: its split "train", column `text`.
     Raises InputError naming file and line. A progress bar is on stderr after two seconds.
@@ -136,11 +137,19 @@ def json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise InputError(f"{where}: not a JSON object ({reason})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            seen = reprlib.repr(list(record)) if isinstance(record, dict) else type(record).__name__
+        seen = reprlib.repr(list(record)) if isinstance(record, dict) else type(record).__name__
+        if not isinstance(record, dict) or not isinstance(text := record.get("text", _said(record)), str):
             raise InputError(f'{where}: must be an object whose "text" is a string, not {seen}')
         title = record.get("title")
-        yield str(title) if title and isinstance(title, (str, int)) else where, record["text"]
+        yield str(title) if title and isinstance(title, (str, int)) else where, text
+
+
+def _said(record: dict) -> str | None:
+    """The text of a conversation, as finetune.py takes them, a message a line: its words can be pre-trained on too."""
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        return None
+    return "\n".join(message["content"] for message in messages)
 
 
 def _read_hub(source: Path) -> Iterator[tuple[str, str]]:

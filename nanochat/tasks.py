@@ -34,13 +34,13 @@ class Chat:
         return dialogue.to_rows(examples, tokenizer, block_size)
 
     def text(self, example: Conversation) -> str:
-        """All that was said: what makes two examples duplicates."""
-        return "\n".join(message["content"] for message in example)
+        """All that was said: what makes two examples duplicates. A system text, often the same for all, would hide the rest."""
+        return "\n".join(message["content"] for message in example if message["role"] != "system")
 
     def ask(self, model: GPT, tokenizer: Tokenizer, examples: list[Conversation]) -> dict[str, str]:
         """The first PROMPTS different first turns → greedy replies."""
         replies = evaluate.greedy_replies(model, tokenizer, examples, limit=PROMPTS, max_new_tokens=40)
-        return dict(zip(replies.prompts, replies.replies))
+        return dict(zip(map(preview.shortened, replies.prompts), replies.replies))
 
     def measure(self, model: GPT, tokenizer: Tokenizer, examples: list[Conversation], rows: Rows, batch_size: int) -> dict:
         """All that report.md says of a model on held-out examples."""
@@ -83,7 +83,7 @@ class Classify:
         first = examples[:PROMPTS]
         rows = classifier.to_rows(first, model.labels, tokenizer, model.config.block_size)
         found = classifier.probabilities(model, rows, PROMPTS)
-        return {text: f"{model.labels[int(p.argmax())]} {p.max():.0%} (it is {label})" for (text, label), p in zip(first, found)}
+        return {preview.shortened(text): f"{model.labels[int(p.argmax())]} {p.max():.0%} (it is {label})" for (text, label), p in zip(first, found)}
 
     def measure(self, model: GPTClassifier, tokenizer: Tokenizer, examples: list[Labelled], rows: Rows, batch_size: int) -> dict:
         return evaluate.measure_classifier(model, examples, rows, batch_size)

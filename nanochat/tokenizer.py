@@ -123,6 +123,11 @@ class Tokenizer:
         """UTF-8 bytes of text behind each id, 0 for control tokens: for bits per byte."""
         return [0 if i in self.control.values() else len(b) for i, b in enumerate(self.token_bytes)]
 
+    def character_counts(self) -> list[int]:
+        """Characters that begin in the text behind each id, 0 for control tokens: for bits per character."""
+        return [sum(byte & 0xC0 != 0x80 for byte in b[len(b) - length :])  # other bytes go on with a character
+                for b, length in zip(self.token_bytes, self.byte_lengths())]
+
     def for_chat(self) -> "Tokenizer":
         """This tokenizer with the chat tokens, added where missing, and the chat template."""
         missing = [name for name in CHAT_TOKENS if name not in self.control]

@@ -397,9 +397,14 @@ def draw(data: Examples, position: int, config: TrainConfig, device: torch.devic
 
 
 def training_flops(model: GPT, batch: Batch) -> int:
-    """Of a micro-batch, forward and backward, with the length of its own rows and the head where it is computed."""
-    supervised = int((batch.targets != IGNORED).sum())
-    return 3 * forward_flops(model.config, batch.inputs.numel(), supervised, batch.inputs.size(1))
+    """Of a micro-batch, forward and backward, with the length of its own rows and the head where it is computed.
+
+    A frozen matrix needs no gradient of its own: one product less. (A label head is too small to count.)
+    """
+    supervised = 0 if hasattr(model, "score") else int((batch.targets != IGNORED).sum())
+    blocks = list(model.h.parameters())
+    learning = sum(p.numel() for p in blocks if p.requires_grad) / sum(p.numel() for p in blocks)
+    return int((2 + learning) * forward_flops(model.config, batch.inputs.numel(), supervised, batch.inputs.size(1)))
 
 
 def example_order(position: int, count: int, examples: int, seed: int) -> list[int]:

@@ -635,7 +635,8 @@ def test_where_every_token_is_equally_likely_the_score_is_known_by_hand(tokenize
     row = [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
     batch = Batch(torch.tensor([row[:-1]]), torch.tensor([row[1:]]))  # its targets: 4 bytes and one end
     nats = (len(ids) + 1) * math.log(V)
-    expected = {"loss": math.log(V), "perplexity": V, "accuracy": 0, "bits_per_byte": nats / math.log(2) / 4}
+    expected = {"loss": math.log(V), "perplexity": V, "accuracy": 0, "bits_per_byte": nats / math.log(2) / 4,
+                "bits_per_character": nats / math.log(2) / 2}
     assert score(model, tokenizer, [batch]) == pytest.approx(expected, rel=1e-12)
 
 

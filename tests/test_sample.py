@@ -285,7 +285,7 @@ def test_ctrl_c_ends_a_reply_and_then_the_chat(saved):
 @pytest.mark.parametrize("typed", [b"Hi\n", b"Hi\n\nHow?\n"], ids=["Ctrl-D", "empty line"])
 def test_ctrl_d_or_an_empty_line_ends_the_chat(sample, monkeypatch, typed):
     code, out, err = sample("--checkpoint", "chat", "--max-new-tokens", 2, stdin=typed, terminal=True)
-    assert (code, err) == (0, "") and re.fullmatch(r"Chat with the model; .*\n> aa\n> \n?", out)
+    assert (code, err) == (0, "") and re.fullmatch(r"Say something; .*\n> aa\n> \n?", out)
 
 
 def test_a_reader_that_has_enough_is_no_traceback(saved):

@@ -133,7 +133,7 @@ def test_an_overwrite_that_fails_costs_no_old_run(folder, tmp_path):
     [
         ("train.py", ["--data", "nothing.txt"], "nothing.txt"),
         ("train.py", ["--data", "empty.txt"], "empty.txt"),
-        ("train.py", ["--data", "wikipedio"], "names: chitchat, kdconv, wikipedia"),
+        ("train.py", ["--data", "wikipedio"], "names: bbc, chitchat, kdconv, wikipedia"),
         ("train.py", ["--init", "nowhere/there/is"], "nowhere/there/is"),
         ("train.py", ["--device", "tpu"], "--device tpu"),
         ("train.py", ["--data", "gbk.txt"], "not UTF-8"),

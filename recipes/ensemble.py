@@ -1,0 +1,73 @@
+"""An ensemble: several fine-tunes of one model, whose probabilities are averaged at prediction.
+
+Fine-tunes that differ in the start of the label head and in the order of the examples make different mistakes; the
+mean of their probabilities makes fewer. It costs as many trainings, and as many forward passes for every answer.
+The plain arm is a member alone; each seed is another ensemble of other members.
+
+    python recipes/ensemble.py
+
+Sources: Hansen & Salamon 1990 (neural network ensembles); Lakshminarayanan et al. 2017 (deep ensembles).
+"""
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import Literal
+
+import torch
+from torch import Tensor
+from trial import Result, Trial, compare, run
+
+from nanochat import InputError, classifier
+
+
+@dataclass
+class Settings(Trial):
+    """Flags of this recipe, after those of every trial."""
+
+    data: str = "bbc"
+    task: Literal["classify"] = "classify"
+    block_size: int = 64
+    steps: int = 120
+    members: int = 3
+    """fine-tunes of an ensemble"""
+
+    def __post_init__(self):
+        if self.members < 2:
+            raise InputError(f"--members is {self.members}, must be at least 2")
+        super().__post_init__()
+
+
+def averaged(probabilities: list[Tensor]) -> Tensor:
+    """Of the members (texts, labels) each → of the ensemble."""
+    return torch.stack(probabilities).mean(dim=0)
+
+
+def main(trial: Settings) -> None:
+    """Fine-tune the members, and judge them alone and together."""
+    found: dict[int, tuple[list[Tensor], list[str], float]] = {}  # seed → its members' probabilities, the labels, seconds
+
+    def judged(probabilities: Tensor, labels: list[str]) -> Result:
+        truth = [labels.index(label) for _, label in trial.parts[2]]
+        report = classifier.Report.of(labels, truth, probabilities.argmax(dim=-1).tolist())
+        return {"accuracy": report.accuracy, "macro F1": report.macro_f1}
+
+    def alone(seed: int) -> Result:
+        """The mean member."""
+        members, seconds = [], 0.0
+        for number in range(trial.members):
+            model, tokenizer = trial.start(own := seed * trial.members + number)
+            seconds += trial.fit(model, tokenizer, trial.rows(trial.parts[0], model, tokenizer), own)
+            members.append(classifier.probabilities(model, trial.rows(trial.parts[2], model, tokenizer), 32))
+        found[seed] = members, model.labels, seconds
+        results = [judged(member, model.labels) for member in members]
+        return {name: mean(result[name] for result in results) for name in results[0]} | {"seconds": seconds / trial.members}
+
+    def together(seed: int) -> Result:
+        members, labels, seconds = found[seed]
+        return judged(averaged(members), labels) | {"seconds": seconds}
+
+    compare(trial, {"a member alone": alone, "together": together})
+
+
+if __name__ == "__main__":
+    run(Settings, main, __doc__)
