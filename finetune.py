@@ -68,11 +68,15 @@ def main() -> None:
     settings.overwrite |= settings.show_batch and not settings.resume  # nothing is written then, so --out may hold a run
     settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=5)
     config, task = settings.training, TASKS[settings.task]()
+    check_flags(settings)
     parts = read_parts(settings, task)
     train_split, val_split, test_split = parts.values()
 
-    model, tokenizer = start(settings, task, train_split) if step is None else checkpoint.load(step, merge=False)
-    task.prepare(model, train_split, settings.balance)
+    if step is None:
+        model, tokenizer = start(settings, task, train_split)
+    else:
+        model, tokenizer = checkpoint.load(step, merge=False)
+        model = task.prepare(model, train_split, settings.balance)
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
     choose_what_learns(model, tokenizer, settings)
@@ -105,7 +109,7 @@ def main() -> None:
     run = {
         "method": settings.method,
         "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(w.numel() for w in lora.plain_state(model).values()),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
         "steps": progress.step,
         "seconds of training": round(progress.seconds, 1),
         "peak memory, MB": round(runtime.peak_memory(device) / 1e6),
@@ -137,10 +141,21 @@ def main() -> None:
     print("\n".join(f"  {prompt!r} → {reply!r}" for prompt, reply in replies.items()))
     print(task.details(after))
     print(f"{run['parameters that learn']:,} of {run['parameters']:,} parameters learned in {run['seconds of training']:.0f} s, "
-          f"{run['peak memory, MB']:,} MB of memory at most, {run['the best checkpoint, MB']:,} MB a checkpoint")
+          f"{run['peak memory, MB']:,} MB of memory at most, {run['the best checkpoint, MB']:,} MB a checkpoint, without what --resume needs")
     same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
     print(f"test {task.headline(before) + ' before, ' if before else ''}{task.headline(after)} after{same}")
     print(f"wrote {settings.out / 'report.md'}; next: python sample.py --checkpoint {settings.out}")
+
+
+def check_flags(settings: Settings) -> None:
+    """InputError for flags of another --method, and for a start that lies where this run will write."""
+    usual = Settings()
+    for method, names in {"lora": asdict(usual.lora), "freeze": {"learn": usual.learn}}.items():
+        given = asdict(settings.lora) if method == "lora" else {"learn": settings.learn}
+        if settings.method != method and (changed := [name for name in names if given[name] != names[name]]):
+            raise InputError(f"--{changed[0].replace('_', '-')} is for --method {method}, not {settings.method}")
+    if not settings.resume and Path(settings.init).exists() and Path(settings.init).resolve().is_relative_to(settings.out.resolve()):
+        raise InputError(f"--init {settings.init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
 
 
 def read_parts(settings: Settings, task: Chat | Classify) -> dict[str, list]:

@@ -58,10 +58,11 @@ def main() -> None:
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
     model.to(device, DTYPES[settings.dtype])
-    if isinstance(model, GPTClassifier):
-        return classify(model, tokenizer, settings.prompt)
+    labels = isinstance(model, GPTClassifier)
+    if labels and (settings.raw or settings.system or settings.num_samples > 1):
+        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system and --num-samples are of no use to it")
     chats = tokenizer.chat_template is not None and not settings.raw
-    if settings.prompt is None and not chats:
+    if settings.prompt is None and not chats and not labels:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
     if settings.prompt is None and sys.stdin is None:  # closed, as by `<&-`
         raise InputError("--prompt is missing, and there is no standard input to chat through")
@@ -69,6 +70,8 @@ def main() -> None:
         raise InputError(f"--num-samples is {settings.num_samples}, but --prompt is missing")
     if settings.system and not chats:
         raise InputError("--system is of use only to a model fine-tuned on dialogue, and not with --raw")
+    if labels:
+        return classify(model, tokenizer, settings.prompt)
     if settings.prompt is None:
         return talk(Chat(model, tokenizer, settings.sampling, settings.system))
     if chats:

@@ -12,3 +12,5 @@ python benchmarks/time_to_loss.py --device cuda --compile --seconds 1200 --seeds
     --data "$text" --n-layer 12 --n-head 12 --n-embd 768 --tokens 1024 --batch-size 8 --rates 3e-4 6e-4 1e-3
 [ -e out/pretrained/last ] || python train.py
 python benchmarks/finetune_epoch.py
+python benchmarks/methods.py                                  # full fine-tuning, LoRA, freezing
+python benchmarks/card_memory.py --check                      # which GPT-2 fits which card: computed, and tried

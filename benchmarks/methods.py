@@ -19,7 +19,7 @@ from record import ROOT, save
 
 METHODS = {  # each with a rate that suits it; the others' flags are finetune.py's defaults
     "only the new tokens' rows": ["--method", "freeze", "--learn", "0"],
-    "LoRA, rank 8": ["--method", "lora", "--learning-rate", "1e-2"],
+    "LoRA, rank 8": ["--method", "lora", "--learning-rate", "4e-3"],
     "the last two blocks": ["--method", "freeze", "--learn", "2"],
     "full": [],
 }

@@ -120,8 +120,9 @@ def load_adapted(path: Path, merge: bool) -> tuple[GPT, Tokenizer]:
     base = about.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise InputError(f"{path / ADAPTER}: base_model_name_or_path is {base!r}, must name the base")
-    if Path(base).name == "base" and (path.parent / "base").is_dir():  # the run folder may have moved since
-        base = path.parent / "base"
+    beside = path.resolve().parent / "base"
+    if Path(base).name == "base" and beside.is_dir():  # the run folder may have moved since
+        base = beside
     if (locate(base) / ADAPTER).exists():
         raise InputError(f"{path}: its base {base} is an adapter too; only one on a whole model is read")
     model, tokenizer = load(base)
@@ -409,14 +410,15 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     if not lora.is_adapted(model):
         return write_hugging_face(folder, model, tokenizer)
     about, tensors = lora.to_peft(model, base=str(folder.parent / "base"))
-    write_config(folder, model, tokenizer)
-    write_json(folder / ADAPTER, about)
+    write_tokenizer(folder, model, tokenizer)
+    write_json(folder / ADAPTER, about)  # and no config.json: beside one, transformers would not look for the base
     write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer, merge: bool = True) -> None:
     """config.json, generation_config.json, fp32 model.safetensors and the tokenizer files; merge=False leaves LoRA's additions out."""
     write_config(folder, model, tokenizer)
+    write_tokenizer(folder, model, tokenizer)
     tensors = {
         PREFIX * (name not in lora.HEADS) + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).float().cpu().contiguous()
         for name, w in lora.plain_state(model, merge).items()
@@ -427,11 +429,11 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer, merge: bo
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A .safetensors file, with the permissions that others beside it have."""
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name("config.json"), path)  # safetensors ignores the umask
+    shutil.copymode(path.with_name("tokenizer.json"), path)  # safetensors ignores the umask
 
 
 def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """config.json, generation_config.json and the tokenizer files: all but the weights."""
+    """config.json and generation_config.json."""
     config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
     labels = getattr(model, "labels", None)
     head = {"architectures": ["GPT2LMHeadModel"]}
@@ -447,8 +449,12 @@ def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
          **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
     )
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
+
+
+def write_tokenizer(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """The tokenizer files; a classifier's put each text into its frame."""
     tokenizer.save(folder)
-    if labels:  # a text between <|endoftext|> and <|end|>, for Hugging Face too
+    if hasattr(model, "labels"):  # a text between <|endoftext|> and <|end|>, for Hugging Face too
         end_of_text = next(name for name, i in tokenizer.control.items() if i == tokenizer.end_of_text)
         around = [(name, tokenizer.control[name]) for name in (end_of_text, END_OF_TURN)]
         bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanochat import InputError, records
 from nanochat.model import GPT, GPTConfig, at_least_fp32
 from nanochat.rows import Rows, Window
-from nanochat.tokenizer import END_OF_TURN, Tokenizer
+from nanochat.tokenizer import END_OF_TURN, Tokenizer, whole_pairs
 
 Labelled = tuple[str, str]  # (text, label)
 
@@ -95,7 +95,7 @@ def _labelled(record: object) -> Labelled:
         raise record
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with a text and a label")
-    fields = {str(name).strip().lower(): value for name, value in record.items()}
+    fields = records.named(record)
     text, label = ([name for name in names if name in fields] for names in (TEXTS, LABELS))
     if not (len(text) == len(label) == 1):
         raise InputError(f'keys are {records.shown(list(record))}: name the text "text" and its label "label", each once; '
@@ -105,15 +105,15 @@ def _labelled(record: object) -> Labelled:
         raise InputError(f"the text is {'empty' if isinstance(text, str) else type(text).__name__}, must be text")
     if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
         raise InputError(f"the label is {label!r}, must be a word or a whole number")
-    return text, " ".join(str(label).split())
+    return whole_pairs(text), " ".join(whole_pairs(str(label)).split())
 
 
 def labels_of(examples: Sequence[Labelled]) -> list[str]:
     """The labels, in alphabetical order; InputError if there are too few or too many to be classes."""
     labels = sorted({label for _, label in examples})
     if not 2 <= len(labels) <= min(MOST_LABELS, len(examples) // 2):
-        raise InputError(f"{len(examples):,} texts have {len(labels):,} different labels ({records.shown(labels)}): "
-                         "a classifier needs two at least, and two texts of each on average")
+        raise InputError(f"{len(examples):,} texts have {len(labels):,} different labels ({records.shown(labels)}): a classifier "
+                         f"needs two at least and {MOST_LABELS:,} at most, and two texts of each on average")
     return labels
 
 
@@ -129,6 +129,8 @@ class Cuts:
 
 def to_rows(examples: Sequence[Labelled], labels: Sequence[str], tokenizer: Tokenizer, block_size: int, pack: bool = True) -> Rows:
     """A window for each text: its ids, then its label's number as the only target. Of longer ones, the beginning stays."""
+    if END_OF_TURN not in tokenizer.control:
+        raise InputError(f"the classifier's tokenizer has no {END_OF_TURN}: it reads texts in another frame; finetune.py --task classify makes it ours")
     number = {label: i for i, label in enumerate(labels)}
     end, room = tokenizer.control[END_OF_TURN], block_size - 2
     cuts, windows = Cuts(), []
@@ -198,12 +200,11 @@ class Report:
 
     @property
     def macro_f1(self) -> float:
-        return float(self.f1.mean())
+        """Mean over the labels that a text has, or was taken for."""
+        met = self.counts.sum(0) + self.counts.sum(1) > 0
+        return float(self.f1[met].mean()) if met.any() else 0.0
 
-    def table(self) -> list[list[str]]:
-        """A row for each label, under a row of titles."""
-        rows = [["label", "precision", "recall", "F1", "support"]]
-        for i, label in enumerate(self.labels):
-            numbers = (self.precision[i], self.recall[i], self.f1[i])
-            rows.append([label, *(f"{number:.3f}" for number in numbers), f"{self.counts[i].sum():,}"])
-        return rows
+    def of_labels(self) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and support (how many texts have it) of each label."""
+        return {label: {"precision": float(self.precision[i]), "recall": float(self.recall[i]), "F1": float(self.f1[i]),
+                        "support": int(self.counts[i].sum())} for i, label in enumerate(self.labels)}

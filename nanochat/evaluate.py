@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,10 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
 
     Several processes, each called with the same batches, take turns and add up: all get the same mean.
 
-    loss: nats per token. perplexity: e^loss; …_without_end: of the tokens but <|end|>. accuracy: the share of targets
+    loss: nats per target. perplexity: e^loss; …_without_end: of the tokens but <|end|>. accuracy: the share of targets
     that were the likeliest token. bits_per_byte, …_per_character: nats of all targets, control tokens included, over
-    ln 2 · UTF-8 bytes (characters) of their text: they compare models with different tokenizers. A classifier has none
-    of these, and no end.
+    ln 2 · UTF-8 bytes (characters) of their text: they compare models with different tokenizers. A classifier has loss
+    and accuracy only.
     """
     device = model.wte.weight.device
     classifies = isinstance(model, GPTClassifier)
@@ -67,9 +68,10 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     model.train(training)
     nats, tokens, text_bytes, characters, right, nats_inside, inside = processes.sum_over_ranks(*sums.tolist())
     loss = nats / max(tokens, 1)
-    result = {"loss": loss, "perplexity": perplexity(loss), "accuracy": right / max(tokens, 1)}
+    result = {"loss": loss, "accuracy": right / max(tokens, 1)}
     if classifies:
         return result
+    result["perplexity"] = perplexity(loss)
     result["bits_per_byte"] = nats / (math.log(2) * max(text_bytes, 1))
     result["bits_per_character"] = nats / (math.log(2) * max(characters, 1))
     if inside < tokens:
@@ -259,13 +261,12 @@ def measure_classifier(model: GPTClassifier, examples: list[classifier.Labelled]
     table = classifier.Report.of(model.labels, truth.tolist(), found.argmax(dim=-1).tolist())
     given = found[range(len(truth)), truth]  # what the true label was given
     hardest = [i for i in given.argsort().tolist()[:worst] if found[i].argmax() != truth[i]]
-    titles, *rows_of_labels = table.table()
     return {
         "accuracy": table.accuracy,
         "macro_f1": table.macro_f1,
         "majority": table.majority,
         "loss": -given.clamp(min=1e-30).log().mean().item(),
-        "labels": {label: dict(zip(titles[1:], figures)) for label, *figures in rows_of_labels},
+        "labels": table.of_labels(),
         "confusion": table.counts.tolist(),
         "worst": [{"text": examples[i][0], "label": examples[i][1], "taken_for": model.labels[int(found[i].argmax())],
                    "probability": found[i].max().item()} for i in hardest],
@@ -289,7 +290,8 @@ def main() -> None:
     if isinstance(model, GPTClassifier):
         if args.text:
             raise InputError(f"--text: {args.checkpoint} is a classifier")
-        examples, _ = classifier.read(args.data)
+        examples, problems = classifier.read(args.data)
+        say(problems)
         if unknown := sorted({label for _, label in examples} - set(model.labels)):
             raise InputError(f"{args.data}: label {unknown[0]!r} is none of the model's: {records.shown(model.labels)}")
         rows = classifier.to_rows(examples, model.labels, tokenizer, block_size)
@@ -297,13 +299,20 @@ def main() -> None:
     elif not args.text and (questions := read_questions(args.data)):
         result = choose(model, tokenizer, questions)
     elif not args.text and tokenizer.chat_template:
-        conversations, _ = formats.read(args.data)
+        conversations, problems = formats.read(args.data)
+        say(problems)
         rows = dialogue.to_rows(conversations, tokenizer, block_size)
         result = measure_chat(model, tokenizer, conversations, rows, args.batch_size)
     else:
         rows = text_rows((text for _, text in sources.documents(args.data)), tokenizer, block_size)
         result = score(model, tokenizer, rows.batches(args.batch_size), total=math.ceil(len(rows) / args.batch_size))
     print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def say(problems: list[str]) -> None:
+    """What of a file was left out, and why."""
+    print("".join(f"left out: {problem}\n" for problem in problems[:5]) + f"left out {len(problems)} records in all\n" * bool(problems),
+          end="", file=sys.stderr)
 
 
 def read_questions(path: Path) -> list[dict]:

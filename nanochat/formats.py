@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat import InputError, records
-from nanochat.tokenizer import ROLES
+from nanochat.tokenizer import ROLES, whole_pairs
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Conversation = list[Message]
@@ -72,6 +72,7 @@ def normalise(record: object) -> Conversation:
         raise InputError(f"a record is {type(record).__name__}, must be an object with messages")
     messages: Conversation = []
     for role, content in _turns(record):
+        content = whole_pairs(content)
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + content
         else:
@@ -79,7 +80,7 @@ def normalise(record: object) -> Conversation:
     if any(message["role"] == "system" for message in messages[1:]):
         raise InputError("a system message must be the first one")
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any(map(str.strip, replies)):
+    if not replies:
         raise InputError("no assistant message, so nothing to learn from")
     if not all(map(str.strip, replies)):  # learned, it would teach to say nothing
         raise InputError(f"assistant message {[not reply.strip() for reply in replies].index(True) + 1} of {len(replies)} is empty")
@@ -89,10 +90,10 @@ def normalise(record: object) -> Conversation:
 def _turns(record: dict) -> list[tuple[str, str]]:
     """(role, content) pairs of a record, by the format that its names tell."""
     if "conversations" in record:
-        return _listed(record["conversations"], "from", "value", SHAREGPT_ROLES)
+        return _with_system(record, _listed(record["conversations"], "from", "value", SHAREGPT_ROLES))
     if "messages" in record:
-        return _listed(record["messages"], "role", "content", {role: role for role in ROLES})
-    fields = {str(name).strip().lower(): value for name, value in record.items()}
+        return _with_system(record, _listed(record["messages"], "role", "content", {role: role for role in ROLES}))
+    fields = records.named(record)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):  # as trl takes them
         return _listed(fields["prompt"] + fields["completion"], "role", "content", {role: role for role in ROLES})
     alpaca = "instruction" in fields and "output" in fields
@@ -112,6 +113,16 @@ def _turns(record: dict) -> list[tuple[str, str]]:
     if not (prompt + more).strip():
         raise InputError(f"{asked[0]} is empty")
     return [(role, text) for role, text in texts if text or role == "assistant"]
+
+
+def _with_system(record: dict, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The turns, after the system text that stands beside them, if one does."""
+    system = record.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return turns
+    if turns and turns[0][0] == "system":
+        raise InputError("it has a system message, and a system text beside the messages; keep one")
+    return [("system", system), *turns]
 
 
 def _must_be(asked: list[str], replied: list[str]) -> str:

@@ -64,13 +64,14 @@ class LoRAConfig:
 class LoRALinear(nn.Linear):
     """A Linear whose own weights are frozen, with a low-rank addition that learns."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.dropout = scale, dropout  # scale: alpha / rank
+        self.alpha, self.scale, self.dropout = alpha, alpha / rank, dropout
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         added = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
@@ -118,7 +119,7 @@ def add_lora(model: GPT, config: LoRAConfig, new_rows: int) -> None:
         for name in config.targets:
             parent, _, last = name.rpartition(".")
             linear = getattr(block.get_submodule(parent), last)
-            setattr(block.get_submodule(parent), last, LoRALinear(linear, config.rank, config.alpha / config.rank, config.lora_dropout))
+            setattr(block.get_submodule(parent), last, LoRALinear(linear, config.rank, config.alpha, config.lora_dropout))
 
 
 def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
@@ -136,8 +137,6 @@ def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
         p.requires_grad = name.startswith(tuple(last)) or any(part in name for part in parts) or name in HEADS
     if new_rows and not model.wte.weight.requires_grad:
         learn_rows(model, new_rows)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError("no weight learns: name some with --learn")
 
 
 def learn_rows(model: GPT, count: int) -> None:
@@ -190,7 +189,7 @@ def to_peft(model: GPT, base: str) -> tuple[dict, dict[str, Tensor]]:
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": one.lora_A.size(0),
-        "lora_alpha": one.scale * one.lora_A.size(0),
+        "lora_alpha": one.alpha,
         "lora_dropout": one.dropout,
         "target_modules": sorted({name.split(".", 2)[2] for name in found}),
         "fan_in_fan_out": True,  # the base's file keeps these matrices (in, out)
@@ -228,7 +227,7 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
         shapes = None if linear is None else ((rank, linear.in_features), (linear.out_features, rank))
         if B is None or shapes != (tuple(A.shape), tuple(B.shape)):
             raise InputError(f"{path}: lora_A and lora_B of {name} do not fit the base" + (f", which wants {shapes}" if shapes else ""))
-        module = LoRALinear(linear, rank, alpha / rank, config.get("lora_dropout") or 0.0)
+        module = LoRALinear(linear, rank, alpha, config.get("lora_dropout") or 0.0)
         module.lora_A, module.lora_B = nn.Parameter(A.float()), nn.Parameter(B.float())
         setattr(model.get_submodule(parent), last, module)
     if (rows := left.pop(TOKEN_ROWS, None)) is not None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,6 +80,10 @@ def picture(path: Path, size: tuple[float, float] = (8, 4.5)) -> Iterator:
         plt.rcParams["font.sans-serif"] = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "DejaVu Sans"]
     figure, axes = plt.subplots(figsize=size, dpi=120)
     yield axes
-    figure.tight_layout()
-    figure.savefig(path)
+    with warnings.catch_warnings(record=True) as missing:  # a line for each character that no font has
+        warnings.simplefilter("always")
+        figure.tight_layout()
+        figure.savefig(path)
+    if any("missing from" in str(warning.message) for warning in missing):
+        print(f"note: no font for all characters of {path}; Noto Sans CJK SC is one", file=sys.stderr)
     plt.close(figure)

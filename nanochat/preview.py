@@ -70,6 +70,8 @@ def summary(found: dict) -> str:
         lines.append(f"{role}: {counts['messages']:,} messages, {counts['tokens'] / counts['messages']:.1f} tokens each")
     for label, number in list(found.get("labels", {}).items())[:20]:
         lines.append(f"label {label}: {number:,} texts, {number / count:.1%}")
+    if len(found.get("labels", {})) > 20:
+        lines.append(f"… and {len(found['labels']) - 20:,} labels more, of fewer texts each")
     return "\n".join([*lines, "tokens of each:", *histogram(found["lengths"])])
 
 

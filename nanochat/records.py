@@ -18,7 +18,10 @@ from nanochat.tokenizer import not_utf8
 def read_text(path: str | Path) -> str:
     """A whole text file, its line ends as "\\n"; InputError if it is not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        data = Path(path).read_bytes()
+        if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+            raise InputError(f"{path}: a spreadsheet or an archive, not text; save it as CSV in UTF-8")
+        text = data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     if "\0" in text:
@@ -64,14 +67,15 @@ def parse(text: str) -> tuple[int, object]:
 def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
     """Rows under a line of column names; tabs, else commas or semicolons, whichever that line has more of, part them.
 
-    Quotes are as spreadsheets write them. Only a table of tabs whose every line has as many fields as the first
-    is taken as it is: there a quote at the start of a field is part of the text.
+    Quotes are as spreadsheets write them; but where every line has the same number of those signs, and quotes that do
+    not make a table of them, a quote is part of the text. InputError if the quotes leave rows in doubt.
     """
     header = text.lstrip("\n").partition("\n")[0]
     sign = "\t" if "\t" in header else max(",;", key=header.count)
-    plain = sign == "\t" and all(line.count(sign) == header.count(sign) for line in text.split("\n") if line)
-    quoting = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
+    even = all(line.count(sign) == header.count(sign) for line in text.split("\n") if line)
     csv.field_size_limit(sys.maxsize)
+    plain = even and not is_quoted_table(text, sign, header.count(sign) + 1)
+    quoting = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
     rows = csv.reader(io.StringIO(text), delimiter=sign, **quoting)
     columns: list[str] = []
     line = 1
@@ -80,9 +84,9 @@ def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
             fields = next(rows)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield line, InputError(f"not a table of columns from here on: {error}")
-            return
+        except csv.Error as error:  # nothing after it can be told from text in quotes
+            raise InputError(f"{path}, line {line}: a quote that is not closed, or has text beside it ({error}); "
+                             'a quote inside a field is written twice ("")') from None
         if not columns and any(fields):
             columns = [name.strip() for name in fields]
             if len(set(columns)) < len(columns) or not all(columns):
@@ -92,6 +96,22 @@ def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
             yield line, dict(zip(columns, fields)) if same else InputError(
                 f"{len(fields)} fields, the first line names {len(columns)} columns: {shown(columns)}")
         line = rows.line_num + 1
+
+
+def is_quoted_table(text: str, sign: str, columns: int) -> bool:
+    """Whether every row, read with its quotes, has so many fields."""
+    try:
+        return all(len(row) in (0, columns) for row in csv.reader(io.StringIO(text), delimiter=sign, strict=True))
+    except csv.Error:
+        return False
+
+
+def named(record: dict) -> dict:
+    """A record by its names in lower case; InputError if two of them are then one."""
+    found = {str(name).strip().lower(): value for name, value in record.items()}
+    if len(found) < len(record):
+        raise InputError(f"keys are {shown(list(record))}: two of them differ in nothing but case")
+    return found
 
 
 def shown(names: list) -> str:

@@ -186,7 +186,7 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
         model.recompute = True
     per_row = 1.7 * (two - one) + 5 * block_of_a_row + 4 * masked * model.config.n_layer * tokens**2
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
-    chunk = 4 * model.config.vocab_size * LOSS_CHUNK  # fp32 logits
+    chunk = 4 * (len(model.labels) if hasattr(model, "labels") else model.config.vocab_size) * LOSS_CHUNK  # fp32 logits
     return lambda rows: fixed + 2 * one - two + per_row * rows + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK)
 
 
@@ -236,12 +236,18 @@ def checkpoint_bytes(model: GPT, optimizer) -> int:
     return sum(4 * p.numel() for p in model.parameters() if p.requires_grad or not alone) + optimizer_bytes(optimizer) + 4_000_000
 
 
+def base_bytes(model: GPT) -> int:
+    """Size of what the checkpoints of a model with LoRA stand on, which is written once; 0 without LoRA."""
+    return 4 * sum(p.numel() for p in model.parameters()) if lora.is_adapted(model) else 0
+
+
 @processes.on_rank_0
-def check_disk(out: Path, size: int, keep: int) -> None:
-    """InputError if checkpoints of `size` bytes will not fit: --keep, the best, and the one being written."""
+def check_disk(out: Path, size: int, keep: int, base: int = 0) -> None:
+    """InputError if checkpoints of `size` bytes will not fit: --keep, the best, and the one being written; and their base."""
     out.mkdir(parents=True, exist_ok=True)
-    there = sum(path.stat().st_size for step in runs.saved_steps(out) for path in step.rglob("*.*"))
-    needed, free = (keep + 2) * size, shutil.disk_usage(out).free + there
+    there = sum(path.stat().st_size for folder in [*runs.saved_steps(out), out / "base"] for path in folder.rglob("*.*"))
+    needed, free = (keep + 2) * size + base, shutil.disk_usage(out).free + there
     if needed > free:
         raise InputError(f"--out {out}: {keep + 2} checkpoints (--keep, the best, the one being written) of "
-                         f"{size / 1e6:,.0f} MB need {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")
+                         f"{size / 1e6:,.0f} MB{f' and their base of {base / 1e6:,.0f} MB' if base else ''} need "
+                         f"{needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free")

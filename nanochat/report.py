@@ -9,8 +9,8 @@ from nanochat import preview
 from nanochat.checkpoint import write_json
 from nanochat.metrics import picture
 
-LOWER_IS_BETTER = {"loss": "nats per token", "perplexity": "", "perplexity_without_end": "of all but the end tokens", "bits_per_byte": "", "bits_per_character": ""}
-HIGHER_IS_BETTER = {"accuracy": "share of tokens (of texts) that were the likeliest", "macro_f1": "mean over the labels"}
+LOWER_IS_BETTER = {"loss": "nats per target", "perplexity": "", "perplexity_without_end": "of all but the end tokens", "bits_per_byte": "", "bits_per_character": ""}
+HIGHER_IS_BETTER = {"accuracy": "share of targets that were the likeliest", "macro_f1": "mean over the labels"}
 OF_REPLIES = {
     "ended": "replies that end by themselves", "median_tokens": "median length, tokens", "distinct": "different replies",
     "empty": "empty replies", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "repetition_4": "repetition of 4-grams",
@@ -35,11 +35,10 @@ def write(out: Path, content: dict) -> None:
         "## The data",
         code(preview.summary(data)),
         "## The run",
-        table([["", ""], *([name, str(figure)] for name, figure in content["run"].items())]),
+        table([["", ""], *([name, f"{value:,}" if isinstance(value, (int, float)) else value] for name, value in content["run"].items())]),
         "## Before and after, on the test split",
         table(compared(content["before"], after)),
-        *(["## Labels", table([["label", *next(iter(after["labels"].values()))], *([label, *row.values()] for label, row in after["labels"].items())])]
-          if "labels" in after else []),
+        *(["## Labels", table(by_label(after["labels"]))] if "labels" in after else []),
         "## The same prompts before and after",
         table([["prompt", "before", "after"], *([prompt, *both] for prompt, both in content["asked"].items())]),
         "## Where it still fails",
@@ -50,6 +49,12 @@ def write(out: Path, content: dict) -> None:
         code(json.dumps(content["settings"], indent=1, ensure_ascii=False, default=str)),
     ]
     (out / "report.md").write_bytes(("\n\n".join(parts) + "\n").encode("utf-8", "replace"))
+
+
+def by_label(labels: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A row for each label, under a row of titles."""
+    return [["label", *next(iter(labels.values()))],
+            *([label, *(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in row.values())] for label, row in labels.items())]
 
 
 def compared(before: dict | None, after: dict) -> list[list[str]]:

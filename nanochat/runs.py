@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from nanochat import InputError, __version__, lora, processes
 from nanochat.checkpoint import (
+    ADAPTER,
     SUMS,
     followed,
     read_config,
@@ -118,7 +119,8 @@ def keep_best(out: Path, folder: Path) -> bool:
 def check(folder: Path, resume: bool = False) -> None:
     """InputError or OSError if a step is damaged; only weights without SHA256SUMS are believed unread."""
     verify(folder, resume)
-    read_tokenizer(folder, read_config(folder / "config.json"))
+    whole = folder.parent / "base" if (folder / ADAPTER).exists() else folder
+    read_tokenizer(folder, read_config(whole / "config.json"))
     if read_json(folder / "nanochat.json").get("step") != step_of(folder):
         raise InputError(f"{folder / 'nanochat.json'}: is of another step")
 

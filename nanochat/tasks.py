@@ -4,7 +4,7 @@ finetune.py is written once; a task says how its examples are read, what of them
 outcome is measured and what is shown of it.
 """
 
-from nanochat import InputError, classifier, dialogue, evaluate, formats, preview
+from nanochat import InputError, classifier, dialogue, evaluate, formats, preview, records
 from nanochat.classifier import GPTClassifier, Labelled
 from nanochat.formats import Conversation
 from nanochat.model import GPT
@@ -72,7 +72,7 @@ class Classify:
 
     def rows(self, examples: list[Labelled], model: GPTClassifier, tokenizer: Tokenizer, block_size: int) -> Rows:
         if unknown := sorted({label for _, label in examples} - set(model.labels)):
-            raise InputError(f"held-out texts have the label {unknown[0]!r}, which no training text has")
+            raise InputError(f"no training text has the labels {records.shown(unknown)} of some others: give each more texts, or leave them out")
         return classifier.to_rows(examples, model.labels, tokenizer, block_size)
 
     def text(self, example: Labelled) -> str:

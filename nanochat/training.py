@@ -254,7 +254,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
     """
     device, micro_steps = model.wte.weight.device, config.accumulate // processes.world_size()
     disk = rehearsal.checkpoint_bytes(model, optimizer)
-    rehearsal.check_disk(out, disk, config.keep)
+    rehearsal.check_disk(out, disk, config.keep, rehearsal.base_bytes(model))
     memory = 0
     if device.type != "cuda":
         masked = data.batch([0]).segments is not None

@@ -27,6 +27,7 @@ class Settings(Trial):
     data: str = "bbc"
     task: Literal["classify"] = "classify"
     block_size: int = 64
+    learning_rate: float = 1e-3
     steps: int = 120
     members: int = 3
     """fine-tunes of an ensemble"""
@@ -44,27 +45,28 @@ def averaged(probabilities: list[Tensor]) -> Tensor:
 
 def main(trial: Settings) -> None:
     """Fine-tune the members, and judge them alone and together."""
-    found: dict[int, tuple[list[Tensor], list[str], float]] = {}  # seed → its members' probabilities, the labels, seconds
+    found: dict[int, tuple[list[Tensor], list[str]]] = {}  # seed → its members' probabilities, the labels
 
     def judged(probabilities: Tensor, labels: list[str]) -> Result:
         truth = [labels.index(label) for _, label in trial.parts[2]]
         report = classifier.Report.of(labels, truth, probabilities.argmax(dim=-1).tolist())
-        return {"accuracy": report.accuracy, "macro F1": report.macro_f1}
+        loss = -probabilities[range(len(truth)), truth].log().mean().item()
+        return {"accuracy": report.accuracy, "macro F1": report.macro_f1, "loss": loss}
 
     def alone(seed: int) -> Result:
         """The mean member."""
-        members, seconds = [], 0.0
+        members = []
         for number in range(trial.members):
             model, tokenizer = trial.start(own := seed * trial.members + number)
-            seconds += trial.fit(model, tokenizer, trial.rows(trial.parts[0], model, tokenizer), own)
+            trial.fit(model, tokenizer, own)
             members.append(classifier.probabilities(model, trial.rows(trial.parts[2], model, tokenizer), 32))
-        found[seed] = members, model.labels, seconds
+        found[seed] = members, model.labels
         results = [judged(member, model.labels) for member in members]
-        return {name: mean(result[name] for result in results) for name in results[0]} | {"seconds": seconds / trial.members}
+        return {name: mean(result[name] for result in results) for name in results[0]}
 
     def together(seed: int) -> Result:
-        members, labels, seconds = found[seed]
-        return judged(averaged(members), labels) | {"seconds": seconds}
+        members, labels = found[seed]
+        return judged(averaged(members), labels)
 
     compare(trial, {"a member alone": alone, "together": together})
 

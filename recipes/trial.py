@@ -1,12 +1,12 @@
 """What the recipes share: flags, a few training examples, the plain fine-tune, and a table of arms.
 
-A recipe changes one thing about a fine-tune. So each script trains both ways on the same few examples, for the
-same number of steps, once for each seed (order of the examples, new heads, noise), and takes of every run the
-weights of its best validation step. The table is about held-out examples that no run has seen: mean ± standard
-deviation over the seeds, and the difference of the last two arms, which are compared seed by seed.
+A recipe changes one thing about a fine-tune: each script trains without and with it, on the same few examples, for the
+same number of steps, once for each seed (order of the examples, new heads, noise); the best validation step counts. The
+table is of held-out examples: mean ± standard deviation over the seeds, and the last two arms' difference, seed by seed.
 """
 
 import math
+import random
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from nanochat.rows import Rows  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402
 
 Result = dict[str, float]
+TURNS = 4  # messages of each conversation that are kept, from its beginning: whole ones take ten times as long
 
 
 @dataclass
@@ -41,44 +42,36 @@ class Trial:
     task: Literal["chat", "classify"] = "chat"
     """what is learned of them"""
     examples: int = 500
-    """training examples; a tenth of --data, up to 100, chooses the best step, and up to 250 others are for the table"""
-    turns: int = 4
-    """chat: messages of each conversation that are kept, from its beginning"""
+    """training examples; up to 100 others choose the best step, and up to 250 are for the table"""
     block_size: int = 128
     """longest row, in tokens"""
     steps: int = 80
     """optimizer steps of each run, two epochs of the default data; the best of its four evaluations counts"""
-    batch_size: int = 8
-    """rows a step"""
     learning_rate: float = 2e-3
     """peak rate, of Muon for the matrices and AdamW for the rest"""
     seeds: int = 3
     """runs of each arm"""
 
     def __post_init__(self):
-        least = {"examples": 1, "turns": 2, "block_size": 16, "steps": 1, "seeds": 1}
-        if wrong := [f"--{name.replace('_', '-')} is {getattr(self, name)}, must be at least {low}"
-                     for name, low in least.items() if getattr(self, name) < low]:
-            raise InputError("; ".join(wrong))
+        for name, least in {"examples": 1, "block_size": 16, "seeds": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be at least {least}")
         if (out := getattr(self, "out", None)) and out.exists():
             raise InputError(f"--out {out} exists already: name a new folder")
-        self.device = runtime.pick_device()
+        checkpoint.locate(self.init)
+        self.config = training.TrainConfig(batch_size=8, max_steps=self.steps, learning_rate=self.learning_rate, optimizer="muon",
+                                           warmup_steps=min(20, self.steps // 4), keep=1)
+        self.learner, self.device = tasks.TASKS[self.task](), runtime.pick_device()
         self.dtype = runtime.pick_dtype("auto", self.device)
-        self.config(seed=0)  # which checks the rest
-        self.learner = tasks.TASKS[self.task]()
-
-    def config(self, seed: int) -> training.TrainConfig:
-        """How every arm is trained."""
-        return training.TrainConfig(batch_size=self.batch_size, max_steps=self.steps, learning_rate=self.learning_rate, optimizer="muon",
-                                    warmup_steps=min(20, self.steps // 4), keep=1, seed=seed)
 
     @cached_property
     def parts(self) -> tuple[list, list, list]:
         """Training, validation and test examples."""
         examples = self.learner.read(find(self.data))[0]
         if self.task == "chat":
-            cut = (conversation[: self.turns] for conversation in examples)
+            cut = (conversation[:TURNS] for conversation in examples)
             examples = [messages for messages in cut if any(message["role"] == "assistant" for message in messages)]
+        random.Random(0).shuffle(examples)  # a file may be sorted by label
         train, val, test = splits.split(examples, (0.5, 0.1, 0.4))
         if len(train) < self.examples or not val or not test:
             raise InputError(f"--data {self.data}: {len(examples):,} examples are too few for --examples {self.examples} and as many held out")
@@ -86,79 +79,64 @@ class Trial:
 
     def start(self, seed: int) -> tuple[GPT, Tokenizer]:
         """The model that an arm begins with, and its tokenizer with the chat tokens."""
-        torch.manual_seed(seed)  # of a new label head
+        torch.manual_seed(seed)  # of what a recipe adds to it
         model, tokenizer = checkpoint.load(self.init)
-        tokenizer = tokenizer.for_chat()
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if (tokenizer := tokenizer.for_chat()).vocab_size > model.config.vocab_size:
             model.grow(tokenizer.vocab_size)
-        return self.learner.prepare(model, self.parts[0], False).to(self.device), tokenizer
+        return self.learner.prepare(model, self.parts[0] if self.task == "classify" else [], False).to(self.device), tokenizer
 
     def rows(self, examples: list, model: GPT, tokenizer: Tokenizer) -> Rows:
         """What is learned of the examples, or scored."""
         return self.learner.rows(examples, model, tokenizer, min(self.block_size, model.config.block_size))
 
-    def fit(self, model: GPT, tokenizer: Tokenizer, rows: Rows, seed: int, val: Rows | None = None, **config) -> float:
-        """Train in place by the core's own loop, end with the weights of the best validation step; → seconds of training.
-
-        val: if the validation rows are not the ordinary ones; config: settings of TrainConfig that differ.
-        """
-        val, best = val or self.rows(self.parts[1], model, tokenizer), {"loss": math.inf}
+    def fit(self, model: GPT, tokenizer: Tokenizer, seed: int, rows: Rows | None = None, val: Rows | None = None, **changes) -> None:
+        """Train in place by the core's own loop, to the best validation step; rows, val: if not the ordinary ones."""
+        rows, val = rows or self.rows(self.parts[0], model, tokenizer), val or self.rows(self.parts[1], model, tokenizer)
+        best = {"loss": math.inf, "weights": {}}
 
         def evaluation() -> Result:
-            scores = evaluate.score(model, tokenizer, val.batches(32), self.dtype)
-            if scores["loss"] < best["loss"]:
-                best.update(loss=scores["loss"], weights={name: w.detach().clone() for name, w in model.state_dict().items()})
-            return {"val_loss": scores["loss"]}
+            if (loss := evaluate.score(model, tokenizer, val.batches(32), self.dtype)["loss"]) < best["loss"]:
+                best.update(loss=loss, weights={name: w.clone() for name, w in model.state_dict().items()})
+            return {"val_loss": loss}
 
-        settings = replace(self.config(seed), **config)
         with tempfile.TemporaryDirectory() as out:
-            progress = training.train(model, tokenizer, rows, settings, out=Path(out), settings={}, device=self.device,
-                                      dtype=self.dtype, evaluate=evaluation, sample=dict)
+            training.train(model, tokenizer, rows, replace(self.config, seed=seed, **changes), out=Path(out), settings={},
+                           device=self.device, dtype=self.dtype, evaluate=evaluation, sample=dict)
         model.load_state_dict(best["weights"])
-        return progress.seconds
 
     def measure(self, model: GPT, tokenizer: Tokenizer, rows: Rows | None = None) -> Result:
-        """What the table says of a model, by default on the test examples, in fp32."""
+        """What the table says of a model, in fp32; rows: if not those of the test examples."""
         rows = rows or self.rows(self.parts[2], model, tokenizer)
         if self.task == "chat":
             return {"perplexity": evaluate.score(model, tokenizer, rows.batches(32))["perplexity"]}
         result = evaluate.measure_classifier(model, self.parts[2], rows, 32)
-        return {"accuracy": result["accuracy"], "macro F1": result["macro_f1"]}
+        return {"accuracy": result["accuracy"], "macro F1": result["macro_f1"], "loss": result["loss"]}
 
-    def plain(self, seed: int, **config) -> Result:
-        """The arm that others are compared with: an ordinary fine-tune of all weights."""
+    def arm(self, seed: int, **changes) -> Result:
+        """The plain fine-tune, of all weights; changes: settings of TrainConfig that differ."""
         model, tokenizer = self.start(seed)
-        seconds = self.fit(model, tokenizer, self.rows(self.parts[0], model, tokenizer), seed, **config)
-        return self.measure(model, tokenizer) | {"seconds": seconds}
+        self.fit(model, tokenizer, seed, **changes)
+        return self.measure(model, tokenizer)
 
     def keep(self, model: GPT, tokenizer: Tokenizer) -> None:
-        """With --out, write the model there, once: sample.py chats with it, finetune.py goes on from it."""
+        """With --out, write the first model that comes there: sample.py chats with it, finetune.py goes on from it."""
         if (out := getattr(self, "out", None)) and not out.exists():
-            settings = asdict(self)
-            print(f"wrote {runs.save(out, self.steps, model, tokenizer, settings=settings, results={})}", file=sys.stderr)
+            print(f"wrote {runs.save(out, self.steps, model, tokenizer, settings=asdict(self), results={})}", file=sys.stderr)
 
 
 def compare(trial: Trial, arms: dict[str, Callable[[int], Result]]) -> None:
-    """Run every arm with every seed and print the table."""
+    """Run every arm with every seed, and print the table."""
     results: dict[str, list[Result]] = {name: [] for name in arms}
     for seed in range(trial.seeds):
         for name, arm in arms.items():
-            print(f"\n——— {name}, seed {seed}", file=sys.stderr)
+            print(f"——— {name}, seed {seed}", file=sys.stderr)
             results[name].append(arm(seed))
-    print("\n".join(table(results)))
-
-
-def table(results: dict[str, list[Result]]) -> list[str]:
-    """Arm → a result for each seed, as lines: mean ± standard deviation, and the difference of the last two arms."""
-    def shown(values: list[float], sign: str = "") -> str:
-        return f"{mean(values):{sign}.4g} ± {stdev(values) if len(values) > 1 else 0:.2g}"
-    names, lines = list(results), []
-    lines.append(f"{'':<22}" + "".join(f"{name:>20}" for name in [*names, "difference"]))
-    for metric in results[names[-1]][0]:
-        columns = [[result[metric] for result in results[name]] for name in names]
-        differences = [b - a for a, b in zip(*columns[-2:])]
-        lines.append(f"{metric:<22}" + "".join(f"{shown(column):>20}" for column in columns) + f"{shown(differences, '+'):>20}")
-    return lines
+    print(" " * 22 + "".join(name.rjust(20) for name in [*results, "difference"]))
+    for metric in [*results.values()][-1][0]:
+        columns = [[result[metric] for result in found] for found in results.values()]
+        columns.append([b - a for a, b in zip(*columns[-2:])])
+        spread = [stdev(column) if len(column) > 1 else math.nan for column in columns]
+        print(metric.ljust(22) + "".join(f"{mean(column):.4g} ± {sd:.2g}".rjust(20) for column, sd in zip(columns, spread)))
 
 
 def run(settings: type[Trial], main: Callable[[Trial], None], about: str) -> None:

@@ -310,7 +310,7 @@ BAD = [
     ('{"messages": ["Hi"]}', r"messages must be a list of objects"),
     ('{"messages": []}', r"no assistant message"),
     ('{"messages": [{"role": "user", "content": "a"}]}', r"no assistant message"),
-    ('{"messages": [{"role": "assistant", "content": " \\n"}]}', r"no assistant message"),
+    ('{"messages": [{"role": "assistant", "content": " \\n"}]}', r"assistant message 1 of 1 is empty"),
     ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": " "}]}',
      r"assistant message 2 of 2 is empty"),
     ('{"messages": [{"role": "tool", "content": "a"}]}', r"role 'tool', must be one of \['system', 'user', 'assistant'\]"),

@@ -79,6 +79,19 @@ def test_the_three_scripts_run(dtype, tmp_path):
         assert command[0] == "sample.py" or "on cuda" in done.stderr
 
 
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--method", "freeze", "--learn", "1"], ["--task", "classify", "--balance"]])
+def test_every_way_of_finetuning_runs_and_resumes(flags, tmp_path):
+    assert train_tiny(tmp_path, "--max-steps", "4").returncode == 0
+    texts = [{"text": f"{i} boats {'go' if i % 2 else 'come'}", "label": "go" if i % 2 else "come"} for i in range(120)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    data = tmp_path / "texts.jsonl" if "classify" in flags else ROOT / "data" / "samples" / "dialogues.jsonl"
+    for more in (["--max-steps", "8", "--save-every", "4"], ["--resume"]):
+        command = ["--data", data, "--val-data", data, *flags, *more] if "--resume" not in more else more
+        done = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *map(str, command)], cwd=tmp_path, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(tmp_path / "out" / "finetuned" / "step-000008")  # as a kill would leave it
+
+
 def train_tiny(cwd: Path, *flags) -> subprocess.CompletedProcess:
     command = ["--data", ROOT / "data" / "samples" / "garden.txt", "--n-layer", "2", "--n-head", "2", "--n-embd", "64",
                "--vocab-size", "384", "--block-size", "128", *flags]

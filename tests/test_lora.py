@@ -2,19 +2,20 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_resume import Killed, assert_same_end, flags_of, killed
+from test_resume import Killed, flags_of, killed
 from test_training import without_times
 
 import finetune
-from nanochat import InputError, checkpoint, dialogue, lora, runs, runtime, training
+import sample
+from nanochat import InputError, checkpoint, lora, runs, runtime, training
 from nanochat.classifier import with_label_head
+from nanochat.generate import Chat, SampleConfig
 from nanochat.lora import LINEARS, LoRAConfig, add_lora, freeze, is_adapted, plain_state
 from nanochat.metrics import read_metrics
 from nanochat.model import GPT, GPTConfig
@@ -28,9 +29,9 @@ TOKENS = torch.tensor([[1, 96, 5, 93, 94, 7, 95, 2], [96, 96, 0, 1, 92, 93, 40, 
 TARGETS = torch.tensor([[96, 5, 93, 94, 7, 95, 2, 3], [96, -100, 1, 92, 93, 40, 41, 95]])
 
 
-def with_additions(model: GPT, config: LoRAConfig = LoRAConfig(rank=4), new_rows: int = 4) -> GPT:
+def with_additions(model: GPT, config: LoRAConfig | None = None, new_rows: int = 4) -> GPT:
     """LoRA on the model, with a B that matters and new rows that differ from the start."""
-    add_lora(model, config, new_rows)
+    add_lora(model, config or LoRAConfig(rank=4), new_rows)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("lora_B") or name == "wte.rows":
@@ -89,7 +90,7 @@ def test_at_the_start_additions_change_nothing(make_model):
 
 
 def test_dropout_is_of_the_additions_input_and_only_in_training(make_model):
-    model = with_additions(make_model(), LoRAConfig(rank=4, lora_dropout=0.5))
+    model = with_additions(make_model(dropout=0.0), LoRAConfig(rank=4, lora_dropout=0.5))
     before = model(TOKENS)
     assert torch.equal(model(TOKENS), before)
     model.train()
@@ -99,7 +100,6 @@ def test_dropout_is_of_the_additions_input_and_only_in_training(make_model):
         if isinstance(module, lora.LoRALinear):
             torch.nn.init.zeros_(module.lora_B)
     assert torch.equal(model(TOKENS), model(TOKENS))  # the frozen path drops nothing
-    assert torch.equal(model.train()(TOKENS), model.eval()(TOKENS))
 
 
 def test_only_the_additions_and_the_new_rows_learn(make_model):
@@ -191,8 +191,6 @@ def test_a_label_head_learns_in_every_method(make_model):
 def test_what_names_nothing_is_refused(make_model):
     with pytest.raises(InputError, match=r"--learn attention is a part of no weight's name; names are wte.weight, wpe.weight, h.0"):
         freeze(make_model(), ("1", "attention"), 4)
-    with pytest.raises(InputError, match="no weight learns"):
-        freeze(make_model(), ("0",), 0)
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -236,6 +234,8 @@ def hugging_face(out: Path) -> torch.nn.Module:
 
 def test_peft_opens_what_we_wrote(run):
     out, ids, logits = run
+    about = json.loads((out / "best" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert about["fan_in_fan_out"] and about["task_type"] == "CAUSAL_LM" and about["base_model_name_or_path"] == str(out / "base")
     adapted = hugging_face(out)
     assert difference(adapted(ids).logits, logits) < 1e-4
     merged = adapted.merge_and_unload()
@@ -534,13 +534,15 @@ def test_frozen_weights_stay_bit_for_bit(whole, place, method, learned):
     assert (before[rows][380:] != after[rows][380:]).any()
 
 
-def test_an_adapted_run_is_converted_asked_and_gone_on_from(whole, start, tmp_path, capsys, tokenizer):
+def test_an_adapted_run_is_converted_asked_and_gone_on_from(whole, start, tmp_path, capsys, monkeypatch):
     out = whole("lora")
-    model, _ = checkpoint.load(out)
-    for command in (["-m", "nanochat.checkpoint", out, tmp_path / "merged"],
-                    [ROOT / "sample.py", "--checkpoint", out, "--prompt", "Hello", "--max-new-tokens", "3"]):
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
+    model, model_tokenizer = checkpoint.load(out)
+    for script, *flags in ((checkpoint, out, tmp_path / "merged"),
+                           (sample, "--checkpoint", out, "--prompt", "Hello", "--max-new-tokens", 3, "--temperature", 0)):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        script.main()
+    config = SampleConfig(max_new_tokens=3, temperature=0)
+    assert capsys.readouterr().out.endswith("".join(Chat(model, model_tokenizer, config).ask("Hello")) + "\n")
     ids = torch.arange(0, 384, 9)[None]
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     assert difference(theirs(ids).logits, model(ids)) < 1e-5
@@ -562,7 +564,7 @@ def test_a_run_resumed_where_the_start_is_gone_still_reports(whole, start, tmp_p
     monkeypatch.chdir(tmp_path / "place")
     start("--resume", "--out", tmp_path / "out")
     said = capsys.readouterr()
-    assert "base: no such checkpoint" in said.err and said.out.splitlines()[-1].startswith("wrote")
+    assert "base: no such folder here" in said.err and said.out.splitlines()[-1].startswith("wrote")
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["before"] is None
 
 
