@@ -38,9 +38,10 @@ from nanochat.tokenizer import END_OF_TURN, Tokenizer
 
 @torch.no_grad()
 def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: torch.dtype = torch.float32,
-          total: int | None = None) -> dict[str, float]:
+          total: int | None = None, each: dict[int, Tensor] | None = None) -> dict[str, float]:
     """The mean over all supervised targets of `batches`, each counted once; total: how many there are, for the bar.
 
+    each: takes, by the number of the batch, −ln p of each of its targets, of the batches that this process has done.
     Several processes, each called with the same batches, take turns and add up: all get the same mean.
 
     loss: nats per target. perplexity: e^loss; …_without_end: of the tokens but <|end|>. accuracy: the share of targets
@@ -61,6 +62,8 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
         batch = batch.to(device)
         with autocast(device, dtype):
             nll, right = token_scores(model, batch)
+        if each is not None:
+            each[number] = nll.cpu()
         targets = batch.targets[batch.targets != IGNORED]
         inside = targets != end
         text = [0, 0] if classifies else sizes[:, targets].sum(1).tolist()
@@ -97,20 +100,14 @@ def token_scores(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat(nll), torch.cat(right)
 
 
-@torch.no_grad()
-def losses_of_sources(model: GPT, rows: Rows, batch_size: int) -> dict[int, float]:
-    """Mean loss, in nats per supervised token, of each conversation (Window.source) that the rows hold."""
-    device, training = model.wte.weight.device, model.training
-    model.eval()
+def losses_of_sources(rows: Rows, batch_size: int, each: dict[int, Tensor]) -> dict[int, float]:
+    """Mean loss, in nats per supervised token, of each conversation (Window.source); each: as `score` fills it from these rows."""
     sums: dict[int, list[float]] = {}
-    for start in range(0, len(rows), batch_size):
-        indices = range(start, min(start + batch_size, len(rows)))
-        nll = token_scores(model, rows.batch(indices).to(device))[0].cpu()
-        for window in (window for i in indices for window in rows.rows[i]):
+    for number, nll in each.items():
+        for window in (window for row in rows.rows[number * batch_size : (number + 1) * batch_size] for window in row):
             count = sum(window.supervised[1:])
             pair = sums.setdefault(window.source, [0.0, 0])
             pair[0], pair[1], nll = pair[0] + nll[:count].sum().item(), pair[1] + count, nll[count:]
-    model.train(training)
     return {source: nats / count for source, (nats, count) in sums.items() if count}
 
 
@@ -243,11 +240,13 @@ def measure_chat(model: GPT, tokenizer: Tokenizer, conversations: list[Conversat
                  worst: int = 5) -> dict:
     """A chat model on held-out conversations, in fp32: its scores, what its replies are like, its worst conversations."""
     total = math.ceil(len(rows) / batch_size)
-    result = score(model, tokenizer, rows.batches(batch_size), total=total)
+    each: dict[int, Tensor] = {}
+    result = score(model, tokenizer, rows.batches(batch_size), total=total, each=each)
+    parts = processes.from_all_ranks(each)
     if processes.rank():  # the rest is for one to do
         return result
     replies = greedy_replies(model, tokenizer, conversations)
-    losses = losses_of_sources(model, rows, batch_size)
+    losses = losses_of_sources(rows, batch_size, {number: nll for part in parts for number, nll in part.items()})
     hardest = sorted(losses, key=losses.get, reverse=True)[:worst]
     return result | {"replies": replies.numbers(), "worst": [
         {"loss": losses[source], "messages": conversations[source]} for source in hardest]}

@@ -4,7 +4,7 @@ A conversation is a list of {"role", "content"} messages. Each record of a file 
 which format it has, so that formats may be mixed in one file:
 
     {"messages": [{"role", "content"}, …]}              as OpenAI's fine-tuning takes it
-    {"conversations": [{"from", "value"}, …]}           ShareGPT: human, gpt, system
+    {"conversations": [{"from", "value"}, …]}           ShareGPT: human, gpt, system; role and content will do
     {"instruction", "input", "output"}                  Alpaca; system, and history [[said, reply], …], may be there
     {"prompt", "completion"}, {"question", "answer"}    and the like: one prompt, one reply; system may be there
     columns of these names in a .csv or .tsv            the same
@@ -90,14 +90,17 @@ def normalise(record: object) -> Conversation:
 def _turns(record: dict) -> list[tuple[str, str]]:
     """(role, content) pairs of a record, by the format that its names tell."""
     if "conversations" in record:
-        return _with_system(record, _listed(record["conversations"], "from", "value", SHAREGPT_ROLES))
+        turns = record["conversations"]
+        keys = ("role", "content") if turns and isinstance(turns, list) and "role" in (turns[0] or ()) else ("from", "value")
+        return _with_system(record, _listed(turns, *keys, SHAREGPT_ROLES))
     if "messages" in record:
         return _with_system(record, _listed(record["messages"], "role", "content", {role: role for role in ROLES}))
     fields = records.named(record)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):  # as trl takes them
         return _listed(fields["prompt"] + fields["completion"], "role", "content", {role: role for role in ROLES})
-    alpaca = "instruction" in fields and "output" in fields
-    asked, replied = (["instruction"], ["output"]) if alpaca else ([n for n in names if n in fields] for names in (PROMPTS, REPLIES))
+    asked, replied = ([name for name in names if name in fields] for names in (PROMPTS, REPLIES))
+    if alpaca := asked in (["instruction"], ["instruction", "input"]):
+        asked = ["instruction"]
     if not (len(asked) == len(replied) == 1):
         raise InputError(f"keys are {reprlib.repr(list(record))}, must be {_must_be(asked, replied)}")
     system = next((fields[name] for name in SYSTEMS if fields.get(name)), "")

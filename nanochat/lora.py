@@ -131,8 +131,8 @@ def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
     last = sum((["ln_f.", *(f"h.{i}." for i in range(len(model.h))[-int(part) :])] for part in learn if part.isdecimal() and int(part)), [])
     names = [name for name, _ in model.named_parameters()]
     parts = [part for part in learn if not part.isdecimal()]
-    if unknown := [part for part in parts if not any(part in name for name in names)]:
-        raise InputError(f"--learn {unknown[0]} is a part of no weight's name; names are {', '.join(names[:14])}, …")
+    if unknown := [part for part in parts if not part or not any(part in name for name in names)]:
+        raise InputError(f"--learn {unknown[0] or repr(unknown[0])} is a part of no weight's name; names are {', '.join(names[:14])}, …")
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith(tuple(last)) or any(part in name for part in parts) or name in HEADS
     if new_rows and not model.wte.weight.requires_grad:

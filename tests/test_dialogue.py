@@ -317,7 +317,7 @@ BAD = [
     ('{"messages": [{"role": ["user"], "content": "a"}]}', r"role \['user'\], must be one of"),
     ('{"messages": [{"content": "a"}]}', r"role None, must be one of"),
     ('{"conversations": [{"from": "bot", "value": "a"}]}', r"role 'bot', must be one of"),
-    ('{"conversations": [{"role": "user", "content": "a"}]}', r"role None, must be one of"),
+    ('{"conversations": [{"speaker": "user", "content": "a"}]}', r"role None, must be one of"),
     ('{"messages": [{"role": "user", "content": null}]}', r"content of a user message is NoneType, must be text"),
     ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"content of a user message is list"),
     ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "system", "content": "b"}]}',

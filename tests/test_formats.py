@@ -251,3 +251,13 @@ def test_a_system_text_beside_the_messages_comes_first():
     assert normalise({"system": " ", "messages": turns}) == turns
     with pytest.raises(InputError, match="keep one"):
         normalise({"system": "Be terse.", "messages": told})
+
+
+def test_conversations_may_also_say_role_and_content():
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好呀"}]
+    assert normalise({"conversations": turns}) == turns
+
+
+def test_an_instruction_may_have_any_name_of_a_reply():
+    record = {"instruction": "Translate.", "input": "小河", "response": "river"}
+    assert normalise(record) == [{"role": "user", "content": "Translate.\n小河"}, {"role": "assistant", "content": "river"}]

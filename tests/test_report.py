@@ -33,10 +33,16 @@ def model(tokenizer, make_model):
 # ------------------------------------------------------------------ measures
 
 
+def losses(model, tokenizer: Tokenizer, rows: Rows, batch_size: int) -> dict[int, float]:
+    each = {}
+    score(model, tokenizer, rows.batches(batch_size), each=each)
+    return losses_of_sources(rows, batch_size, each)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_the_loss_of_each_conversation_is_that_of_its_windows_alone(model, tokenizer, batch_size):
     rows = dialogue.to_rows(TALKS, tokenizer, 64)
-    found = losses_of_sources(model, rows, batch_size)
+    found = losses(model, tokenizer, rows, batch_size)
     assert len(rows) < sum(map(len, rows.rows)) and sorted(found) == [0, 1, 2, 3]
     for source, messages in enumerate(TALKS):
         apart = dialogue.to_rows([messages], tokenizer, 64, pack=False)
@@ -46,7 +52,7 @@ def test_the_loss_of_each_conversation_is_that_of_its_windows_alone(model, token
 
 def test_the_loss_of_each_text_counts_all_of_its_tokens(model, tokenizer):
     texts = ["A small river. " * 9, "x"]
-    found = losses_of_sources(model, evaluate.text_rows(texts, tokenizer, 64), 1)
+    found = losses(model, tokenizer, evaluate.text_rows(texts, tokenizer, 64), 1)
     for source, text in enumerate(texts):
         assert found[source] == pytest.approx(score(model, tokenizer, evaluate.text_rows([text], tokenizer, 64).batches(1))["loss"], rel=1e-9)
 
@@ -83,9 +89,9 @@ def test_a_measured_chat_names_its_worst_conversations(model, tokenizer):
     rows = dialogue.to_rows(TALKS, tokenizer, 64)
     result = measure_chat(model.float(), tokenizer, TALKS, rows, 2, worst=3)
     assert {"loss", "perplexity", "accuracy", "bits_per_byte", "perplexity_without_end", "replies", "worst"} <= set(result)
-    losses = losses_of_sources(model, rows, 2)
-    assert [worst["loss"] for worst in result["worst"]] == sorted(losses.values())[:0:-1]
-    assert [worst["messages"] for worst in result["worst"]] == [TALKS[i] for i in sorted(losses, key=losses.get)[:0:-1]]
+    by_source = losses(model, tokenizer, rows, 2)
+    assert [worst["loss"] for worst in result["worst"]] == sorted(by_source.values())[:0:-1]
+    assert [worst["messages"] for worst in result["worst"]] == [TALKS[i] for i in sorted(by_source, key=by_source.get)[:0:-1]]
     assert result["replies"]["replies"] == 4
 
 
