@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from data import find
 from nanochat import InputError, checkpoint, evaluate, lora, preview, processes, report, runs, runtime, splits, training
 from nanochat.lora import LoRAConfig
 from nanochat.model import GPT
+from nanochat.rows import Rows
 from nanochat.tasks import TASKS, Chat, Classify
 from nanochat.tokenizer import CHAT_TOKENS, Tokenizer
 from nanochat.training import TrainConfig
@@ -106,45 +108,7 @@ def main() -> None:
     progress = training.train(
         model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings), device=device, dtype=dtype,
         evaluate=evaluation, sample=lambda: task.ask(model, tokenizer, val_split), held_out=val_rows.fingerprint, resume=resume)
-    run = {
-        "method": settings.method,
-        "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
-        "steps": progress.step,
-        "seconds of training": round(progress.seconds, 1),
-        "peak memory, MB": round(runtime.peak_memory(device) / 1e6),
-    }
-
-    def outcome(tried: GPT) -> tuple[dict, dict[str, str]]:
-        """What a model does on the test split, and with the prompts of the validation split."""
-        tried.to(device)
-        return (task.measure(tried, tokenizer, test_split, test_rows, config.batch_size),
-                {} if processes.rank() else task.ask(tried, tokenizer, val_split))
-
-    before, replies_before = None, {}
-    if settings.task == "chat":  # a new label head knows nothing
-        try:
-            before, replies_before = outcome(start(settings, task, train_split)[0])
-        except InputError as error:  # a resumed run, where --init no longer is
-            print(f"{error}; so {settings.out / 'report.md'} cannot say how good the start was", file=sys.stderr)
-    after, replies = outcome(checkpoint.load(settings.out)[0])
-    if processes.rank():
-        return
-    best = checkpoint.locate(settings.out)
-    run |= {"the best step": runs.step_of(best), "the best checkpoint, MB": round(sum(file.stat().st_size for file in best.iterdir()) / 1e6, 1)}
-    report.write(settings.out, {
-        "settings": asdict(settings),
-        "data": preview.about(parts, task.text, train_rows, task.describe(train_split, tokenizer)),
-        "run": run, "before": before, "after": after,
-        "asked": {prompt: (replies_before.get(prompt, "–"), reply) for prompt, reply in replies.items()},
-    })
-    print("\n".join(f"  {prompt!r} → {reply!r}" for prompt, reply in replies.items()))
-    print(task.details(after))
-    print(f"{run['parameters that learn']:,} of {run['parameters']:,} parameters learned in {run['seconds of training']:.0f} s, "
-          f"{run['peak memory, MB']:,} MB of memory at most, {run['the best checkpoint, MB']:,} MB a checkpoint, without what --resume needs")
-    same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
-    print(f"test {task.headline(before) + ' before, ' if before else ''}{task.headline(after)} after{same}")
-    print(f"wrote {settings.out / 'report.md'}; next: python sample.py --checkpoint {settings.out}")
+    conclude(settings, task, parts, model, tokenizer, train_rows, test_rows, progress, device)
 
 
 def check_flags(settings: Settings) -> None:
@@ -195,6 +159,50 @@ def choose_what_learns(model: GPT, tokenizer: Tokenizer, settings: Settings) -> 
         lora.add_lora(model, settings.lora, new_rows)
     elif settings.method == "freeze":
         lora.freeze(model, settings.learn, new_rows)
+
+
+def conclude(settings: Settings, task: Chat | Classify, parts: dict[str, list], model: GPT, tokenizer: Tokenizer,
+             train_rows: Rows, test_rows: Rows, progress: training.Progress, device: torch.device) -> None:
+    """Compare the best checkpoint with the start, on held-out examples; write report.md and print its main figures."""
+    run = {
+        "method": settings.method,
+        "parameters that learn": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
+        "steps": progress.step,
+        "seconds of training": round(progress.seconds, 1),
+        "peak memory, MB": round(runtime.peak_memory(device) / 1e6),
+    }
+
+    def outcome(tried: GPT) -> tuple[dict, dict[str, str]]:
+        """What a model does on the test split, and with the prompts of the validation split."""
+        tried.to(device)
+        return (task.measure(tried, tokenizer, parts["test"], test_rows, settings.training.batch_size),
+                {} if processes.rank() else task.ask(tried, tokenizer, parts["validation"]))
+
+    before, replies_before = None, {}
+    if settings.task == "chat":  # a new label head knows nothing
+        try:
+            before, replies_before = outcome(start(settings, task, parts["training"])[0])
+        except InputError as error:  # a resumed run, where --init no longer is
+            print(f"{error}; so {settings.out / 'report.md'} cannot say how good the start was", file=sys.stderr)
+    after, replies = outcome(checkpoint.load(settings.out)[0])
+    if processes.rank():
+        return
+    best = checkpoint.locate(settings.out)
+    run |= {"the best step": runs.step_of(best), "the best checkpoint, MB": round(sum(file.stat().st_size for file in best.iterdir()) / 1e6, 1)}
+    report.write(settings.out, {
+        "settings": asdict(settings),
+        "data": preview.about(parts, task.text, train_rows, task.describe(parts["training"], tokenizer)),
+        "run": run, "before": before, "after": after,
+        "asked": {prompt: (replies_before.get(prompt, "–"), reply) for prompt, reply in replies.items()},
+    })
+    print("\n".join(f"  {prompt!r} → {reply!r}" for prompt, reply in replies.items()))
+    print(task.details(after))
+    print(f"{run['parameters that learn']:,} of {run['parameters']:,} parameters learned in {run['seconds of training']:.0f} s, "
+          f"{run['peak memory, MB']:,} MB of memory at most, {run['the best checkpoint, MB']:,} MB a checkpoint, without what --resume needs")
+    same = " (on --val-data, which also chose the best step)" if settings.val_data else ""
+    print(f"test {task.headline(before) + ' before, ' if before else ''}{task.headline(after)} after{same}")
+    print(f"wrote {settings.out / 'report.md'}; next: python sample.py --checkpoint {settings.out}")
 
 
 if __name__ == "__main__":

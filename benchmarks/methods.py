@@ -21,7 +21,8 @@ METHODS = {  # each with a rate that suits it; the others' flags are finetune.py
     "only the new tokens' rows": ["--method", "freeze", "--learn", "0"],
     "LoRA, rank 8": ["--method", "lora", "--learning-rate", "4e-3"],
     "the last two blocks": ["--method", "freeze", "--learn", "2"],
-    "full": [],
+    "full, rate 1e-3": ["--learning-rate", "1e-3"],
+    "full, rate 5e-4": ["--learning-rate", "5e-4"],
 }
 
 

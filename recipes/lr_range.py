@@ -5,7 +5,12 @@ examples have all been seen: in a second pass the loss falls because they are kn
 one at which the smoothed loss is lowest: there it is about to rise, and a whole run is longer than this one. The table
 compares a fine-tune at --learning-rate with one at that rate.
 
-    python recipes/lr_range.py --curve lr_range.png
+    python recipes/lr_range.py
+    python recipes/lr_range.py --data bbc --task classify --block-size 64 --steps 120
+
+Measured on 2026-11-22, one core of an AMD EPYC, torch 2.13.0 CPU, three seeds: chitchat, perplexity 110.0 ± 0.3 at the
+default 2e-3, 109.4 ± 0.3 at 2.3e-3, the rate proposed (−0.5 ± 0.1); BBC, accuracy 0.868 ± 0.014 at 2e-3, 0.884 ± 0.004 at
+1.5e-3 (+0.016 ± 0.014).
 
 Sources: Smith 2017 (cyclical learning rates for training neural networks), section 3.3; Howard & Gugger 2020 (fastai) for
 the constant factor. They take the steepest place, or a tenth of the lowest; the fifth was chosen on chitchat.

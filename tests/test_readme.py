@@ -72,6 +72,8 @@ def test_every_command_runs(tmp_path):
     dialogues = (ROOT / "data" / "samples" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
     renamed = [line.replace("?", "?" * n) for n in range(1, 26) for line in dialogues]  # enough to hold some out
     (tmp_path / "my_dialogues.jsonl").write_text("\n".join(renamed), encoding="utf-8")
+    reviews = [f"Film {n} is {'a delight' if n % 2 else 'a bore'}.\t{'good' if n % 2 else 'bad'}\n" for n in range(150)]
+    (tmp_path / "my_reviews.tsv").write_text("text\tlabel\n" + "".join(reviews))
     ran = 0
     for how, lines in blocks(READMES[0]):
         if how == "parse":
@@ -88,4 +90,4 @@ def test_every_command_runs(tmp_path):
                                   env=os.environ, input="")
             assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-2000:]}"
             ran += 1
-    assert ran >= 8
+    assert ran >= 14
