@@ -197,7 +197,7 @@ def kept_for_backward(model: GPT, rows: int, tokens: int, dtype: torch.dtype) ->
 
     def note(x: torch.Tensor) -> torch.Tensor:
         sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # x itself would hold its graph and be held by it, for ever
 
     random_state, mode = rng_state(device), model.training
     model.train()

@@ -25,13 +25,12 @@ from tqdm import trange
 from trial import Result, Trial, compare, run
 
 from nanochat import InputError, dialogue, formats, records, runtime, splits, training
-from nanochat.formats import Conversation
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT
 from nanochat.rows import Rows, Window
 from nanochat.tokenizer import Tokenizer
 
-Pair = tuple[Conversation, str, str]  # what was said, the chosen reply, the rejected one
+Pair = tuple[formats.Conversation, str, str]  # what was said, the chosen reply, the rejected one
 
 @dataclass
 class Settings(Trial):
@@ -53,14 +52,13 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
     return -F.logsigmoid(margin), margin
 
 
-def made_pairs(model: GPT, tokenizer: Tokenizer, conversations: list[Conversation]) -> list[Pair]:
+def made_pairs(model: GPT, tokenizer: Tokenizer, conversations: list[formats.Conversation]) -> list[Pair]:
     """Of each conversation what leads to its last reply, that reply, and one that the model makes up."""
     cut = [c[: 1 + max(i for i, message in enumerate(c) if message["role"] == "assistant")] for c in conversations]
     prompts = [dialogue.render_prompt(c[:-1], tokenizer)[-model.config.block_size // 2 :] for c in cut]
-    said: list[list[int]] = []
-    for start in trange(0, len(prompts), 32, desc="replying", unit="batch"):
-        config = SampleConfig(max_new_tokens=48, temperature=1.0, top_p=1.0, seed=start)
-        said += generate_ids(model, prompts[start : start + 32], config, tokenizer.control.values())[0]
+    sampling = SampleConfig(max_new_tokens=48, temperature=1.0, top_p=1.0)
+    said = [ids for start in trange(0, len(prompts), 32, desc="replying", unit="batch") for ids in generate_ids(
+        model, prompts[start : start + 32], replace(sampling, seed=start), tokenizer.control.values())[0]]
     return [(c[:-1], c[-1]["content"], tokenizer.decode(ids)) for c, ids in zip(cut, said)]
 
 
@@ -101,21 +99,20 @@ def log_likelihoods(model: GPT, both: tuple[Rows, Rows], indices: list[int], dty
 @torch.no_grad()
 def of_all(model: GPT, both: tuple[Rows, Rows]) -> list[Tensor]:
     """log_likelihoods of all pairs, in fp32."""
-    parts = [log_likelihoods(model, both, part.tolist(), torch.float32) for part in torch.arange(len(both[0])).split(16)]
-    return [torch.cat(values) for values in zip(*parts)]
+    places = torch.arange(len(both[0])).split(16)
+    return [torch.cat(values) for values in zip(*(log_likelihoods(model, both, part.tolist(), torch.float32) for part in places))]
 
 
 def optimise(model: GPT, both: tuple[Rows, Rows], trial: Settings, seed: int) -> None:
     """DPO of `model`, in place, against what it says of the pairs at the start."""
-    config, reference = replace(trial.config, optimizer="adamw", learning_rate=trial.dpo_rate, weight_decay=0.0), of_all(model, both)
-    optimizer, size = training.build_optimizer(model, config), config.batch_size
+    optimizer, reference = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), of_all(model, both)
     for step in trange(trial.dpo_steps, desc="DPO", unit="step"):
-        indices = training.example_order(step * size, size, len(both[0]), seed)
+        indices = training.example_order(step * trial.config.batch_size, trial.config.batch_size, len(both[0]), seed)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * training.learning_rate_factor(step, trial.dpo_steps, trial.dpo_steps // 10)
+            group["lr"] = trial.dpo_rate * training.learning_rate_factor(step, trial.dpo_steps, trial.dpo_steps // 10)
         policy = log_likelihoods(model, both, indices, trial.dtype)
         dpo_loss(*policy, *(values[indices] for values in reference), trial.beta)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trial.config.clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -127,8 +124,7 @@ def main(trial: Settings) -> None:
     def measure(seed: int) -> Result:
         model, tokenizer, _, test, reference = started[seed]
         margin = dpo_loss(*of_all(model, test), *reference, trial.beta)[1]
-        found = {"margin": margin.mean().item(), "margin above 0": (margin > 0).float().mean().item()}
-        return found | trial.measure(model, tokenizer, test[0])  # the perplexity of the chosen replies
+        return {"margin": margin.mean().item(), "margin above 0": (margin > 0).float().mean().item()} | trial.measure(model, tokenizer, test[0])
 
     def before(seed: int) -> Result:
         model, tokenizer = trial.start(seed)

@@ -1,4 +1,4 @@
-"""The recipes: each does what its paper says, to the network and to nothing else."""
+"""The recipes: each does what its paper says; each runs, and what it keeps opens."""
 
 import importlib
 import json
@@ -62,7 +62,7 @@ def test_the_table_says_mean_deviation_and_paired_difference(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
-    ("dpo", ("--dpo-steps", "3", "--out", "kept")), ("prune", ("--out", "kept")), ("replay", ("--corpus", "text", "--out", "kept")),
+    ("dpo", ("--dpo-steps", "3", "--out", "kept")), ("prune", ("--drop", "1", "--out", "kept")), ("replay", ("--corpus", "text", "--out", "kept")),
     ("lr_range", ()), ("ensemble", ("--data", "labels.tsv", "--members", "2"))])
 def test_a_recipe_runs_and_what_it_keeps_chats(name, flags, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -457,3 +457,13 @@ def test_before_the_first_step_a_run_says_what_it_will_take(tokenizer, tmp_path,
                  "10 examples of up to 16 tokens", "96 tokens", "4 steps", "2.40 epochs", "about 6.0 minutes",
                  "3.2 GB of memory", "77 MB a checkpoint", "6 kept at most", "settings: {"):
         assert what in report, what
+
+
+def test_counting_what_a_forward_keeps_keeps_nothing(make_model):
+    model = make_model(dtype=torch.float32, block_size=512, n_embd=96)
+    resident = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # noqa: E731
+    kept = rehearsal.kept_for_backward(model, 8, 512, torch.float32)
+    before = resident()
+    for _ in range(8):
+        assert rehearsal.kept_for_backward(model, 8, 512, torch.float32) == kept
+    assert kept > 20e6 and resident() - before < 2 * kept
