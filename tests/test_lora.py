@@ -368,6 +368,7 @@ def test_a_classifier_that_peft_trained_opens_here(tokenizer, make_model, tmp_pa
     ({"target_modules": ["wte"]}, "2 of its 2 tensors fit nothing in the base, the first is wte.lora_embedding_A"),
     ({"target_modules": ["lm_head"]}, "lora_A and lora_B of lm_head do not fit the base"),
 ], ids=["DoRA", "rsLoRA", "ranks", "alphas", "bias", "PiSSA", "table", "embedding", "head"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, of what is refused
 def test_what_means_something_else_is_refused_by_name(plain_folder, settings, said):
     folder, ids = plain_folder
     adapter = trained_by_peft(folder, ids, **settings)

@@ -87,9 +87,10 @@ def test_a_recipe_runs_and_what_it_keeps_chats(name, flags, tokenizer, tmp_path,
 # ------------------------------------------------------------------ one by one
 
 
+@pytest.mark.slow
 def test_dpo_loss_is_that_of_trl(tokenizer, make_model, tmp_path):
     """The same weights, the same records: log-likelihoods, margin and loss of trl's DPOTrainer."""
-    trl = pytest.importorskip("trl")
+    import trl  # takes seconds
     from datasets import Dataset
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
