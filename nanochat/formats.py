@@ -91,7 +91,7 @@ def _turns(record: dict) -> list[tuple[str, str]]:
     """(role, content) pairs of a record, by the format that its names tell."""
     if "conversations" in record:
         turns = record["conversations"]
-        keys = ("role", "content") if turns and isinstance(turns, list) and "role" in (turns[0] or ()) else ("from", "value")
+        keys = ("role", "content") if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0] else ("from", "value")
         return _with_system(record, _listed(turns, *keys, SHAREGPT_ROLES))
     if "messages" in record:
         return _with_system(record, _listed(record["messages"], "role", "content", {role: role for role in ROLES}))
