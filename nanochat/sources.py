@@ -191,14 +191,19 @@ def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
     """Hold Ctrl-C back; processes started in here inherit that, so it stops this one only."""
-    if os.name == "nt":
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield
         return
+    came = []  # the mask holds for this thread only: another (tqdm has one) may take the signal, and Python passes it on to here
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(*came[0])
 
 
 def _follow_parent() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter
 from hashlib import sha256
@@ -647,6 +648,21 @@ def test_a_data_set_of_the_hub_is_streamed_by_name_and_config(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         list(documents("owner/stories"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are held back on POSIX only")
+def test_ctrl_c_waits_while_workers_start_whichever_thread_takes_it():
+    end = threading.Event()
+    threading.Thread(target=end.wait).start()  # it does not hold SIGINT back, so the kernel gives it to this one
+    done = False
+    try:
+        with pytest.raises(KeyboardInterrupt), sources._interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # the handler would run in here
+            done = True
+    finally:
+        end.set()
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
