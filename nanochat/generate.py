@@ -122,36 +122,72 @@ def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], g
 # ------------------------------------------------------------------ decoding
 
 
+class Reader:
+    """What a model says after texts, each id of which it reads once.
+
+    It remembers the ids of each row beside their keys and values. A text that begins as its row
+    did, such as a chat's next turn, is read on from there.
+    """
+
+    def __init__(self, model: GPT, rows: int):
+        self.model, self.cache = model, model.new_cache(rows)
+        self.ids: list[list[int]] = [[] for _ in range(rows)]  # what each row has read
+
+    @torch.inference_mode()
+    def logits(self, texts: list[list[int]]) -> Tensor:
+        """Ids of texts, each of at most block_size → logits (B, V) of what may follow each."""
+        for row, text in enumerate(texts):
+            self.cache.lengths[row] = min(shared_prefix(self.ids[row], text), len(text) - 1)  # the last is read for its logits
+        known = self.cache.lengths.tolist()
+        if len({len(text) - n for text, n in zip(texts, known)}) > 1:  # not side by side: first all but the last id of each
+            for row, text in enumerate(texts):
+                self.read(row, text[:-1])
+            known = [len(text) - 1 for text in texts]
+        x = self.features(0, [text[n:] for text, n in zip(texts, known)])
+        self.ids[: len(texts)] = [list(text) for text in texts]
+        return self.model.head(x[:, -1])
+
+    @torch.inference_mode()
+    def read(self, row: int, text: list[int]) -> None:
+        """Bring one row to have read `text`."""
+        known = shared_prefix(self.ids[row], text)
+        self.cache.lengths[row] = known
+        if known < len(text):
+            self.features(row, [text[known:]])
+        self.ids[row] = list(text)
+
+    def features(self, row: int, ids: list[list[int]]) -> Tensor:
+        """New ids (B, T) of the rows from `row` on → vectors (B, T, C)."""
+        tokens = torch.tensor(ids, device=self.cache.keys_values.device)
+        return self.model.features(tokens, cache=self.cache.rows(row, row + len(ids)))
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids two texts have in common from their start."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_ids: Iterable[int] = (),
-             use_cache: bool = True) -> Iterator[list[int | None]]:
+             reader: Reader | None = None) -> Iterator[list[int | None]]:
     """Continue each prompt; yields one list a step: each row's new id, or None once it has ended.
 
     A row ends with (and yields) one of stop_ids; the generator ends when all rows have, or after
-    max_new_tokens. Prompts of different length are padded on the left, and padding is a segment
-    of its own that no token sees. A row that outgrows block_size keeps its newest half, read
-    again from position 0. use_cache=False reads everything again for each token: the plain
-    definition, to which test_cached_decoding_equals_full_forward holds the cache.
+    max_new_tokens. A row that outgrows block_size keeps its newest half, read again from position
+    0. reader: one that knows the beginning of the prompts already.
     """
     if not prompts or not all(prompts):
         raise InputError("nothing to continue: a prompt needs at least one token")
-    block_size, device = model.config.block_size, model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed % 2**63)  # what torch takes
-    stop_ids, ended = set(stop_ids), [False] * len(prompts)
+    generator = torch.Generator(model.wpe.weight.device).manual_seed(config.seed % 2**63)  # what torch takes
+    reader, stop_ids, ended = reader or Reader(model, len(prompts)), set(stop_ids), [False] * len(prompts)
     rows = [list(prompt) for prompt in prompts]
-    cache, training = None, model.training
+    training = model.training
     model.eval()
     try:
         for _ in range(config.max_new_tokens):
-            if cache is None or not use_cache or max(map(len, rows)) > block_size:
-                rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
-                tokens, segments = left_padded(rows)
-                cache = model.new_cache(len(rows))
-            else:
-                tokens, segments = torch.tensor([row[-1:] for row in rows]), None
-            segments = segments if segments is None else segments.to(device)
-            x = model.features(tokens.to(device), segments=segments, cache=cache)
-            chosen = next_token(model.head(x[:, -1]), config, rows, generator).tolist()
+            rows = [newest(row, model.config.block_size) for row in rows]
+            chosen = next_token(reader.logits(rows), config, rows, generator).tolist()
             for row, new in zip(rows, chosen):
                 row.append(new)
             yield [None if end else new for end, new in zip(ended, chosen)]
@@ -162,13 +198,9 @@ def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_id
         model.train(training)
 
 
-def left_padded(rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids → tokens (B, T) that end in one column, and segments: 0 padding, 1 text."""
-    T = max(map(len, rows))
-    tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows])
-    if all(len(row) == T for row in rows):
-        return tokens, None
-    return tokens, torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+def newest(ids: list[int], block_size: int) -> list[int]:
+    """The ids if they fit the block, else so many of the newest as fill half of it."""
+    return ids if len(ids) <= block_size else ids[-max(1, block_size // 2) :]
 
 
 def generate_ids(model: GPT, prompts: list[list[int]], config: SampleConfig,

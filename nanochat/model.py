@@ -112,21 +112,21 @@ class GPT(nn.Module):
                  cache: "KVCache | None" = None) -> Tensor:
         """Everything but the head: tokens (B, T) → vectors (B, T, C).
 
-        segments (B, T): who may see whom; equal numbers see each other, and positions restart
-        where the number changes. One mechanism serves packed dialogues and left padding.
-        cache: keys and values of earlier tokens; `tokens` are the ones that follow them.
+        segments (B, T), of rows that several texts share: equal numbers see each other, and
+        positions restart where the number changes.
+        cache: keys and values of what each row has read before; `tokens` follow them.
         Raises ValueError when earlier and new tokens together exceed block_size.
         """
         T = tokens.size(1)
-        past = cache.length if cache is not None else 0
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past} + {T} tokens exceed block_size {self.config.block_size}")
+        longest = T if cache is None else T + cache.longest
+        if longest > self.config.block_size:
+            raise ValueError(f"{longest - T} + {T} tokens exceed block_size {self.config.block_size}")
         if cache is not None:
-            segments = cache.append_segments(segments, tokens)  # (B, past + T)
-        positions = torch.arange(past, past + T, device=tokens.device)
-        if segments is not None:
-            positions = segment_positions(segments)[:, past:]
-        mask = visible(past, T, segments, tokens.device)
+            positions, mask = cache.advance(T)
+        elif segments is not None:
+            positions, mask = segment_positions(segments), visible(segments)
+        else:
+            positions, mask = torch.arange(T, device=tokens.device), None
 
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -134,9 +134,7 @@ class GPT(nn.Module):
             if self.recompute and self.training:  # Chen et al. 2016; a third more work
                 x = checkpoint(self.layer, block, x, mask, use_reentrant=False)
             else:
-                x = self.layer(block, x, mask, cache.layer(layer, T) if cache is not None else None)
-        if cache is not None:
-            cache.length += T
+                x = self.layer(block, x, mask, cache and cache.layer(layer, positions))
         return self.ln_f(x)
 
     @staticmethod
@@ -196,7 +194,9 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int) -> "KVCache":
         """An empty cache in the dtype and on the device of the weights."""
-        return KVCache(self.config, batch_size, self.wte.weight)
+        c = self.config
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return KVCache(self.wpe.weight.new_zeros(shape), torch.zeros(batch_size, dtype=torch.int64))
 
 
 class Block(nn.Module):
@@ -257,9 +257,9 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     broadcast to (B, H, T, S); None: each query sees the keys up to its own.
     √D: a sum of D products of unit size has variance D; without it the softmax saturates.
     """
-    T, S = q.size(-2), k.size(-2)
     if mask is None:
-        mask = visible(S - T, T, None, q.device, explicit=True)
+        T, S = q.size(-2), k.size(-2)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # e^−∞ is a weight of 0
     scores = (q / math.sqrt(q.size(-1))) @ k.mT + hidden  # (B, H, T, S)
     weights = scores.softmax(dim=-1, dtype=scores.dtype)  # named, or autocast would write them in fp32
@@ -270,7 +270,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     """attention_formula without the (T, S) table in memory: test_fused_attention_equals_the_formula.
 
     `is_causal` aligns query 0 with key 0, so it is right only for T = S; a single new query
-    (T = 1) sees every key and needs no mask; `visible` makes an explicit one for all else.
+    (T = 1) sees every key and needs no mask; for all else KVCache.advance makes an explicit one.
     On a CPU in bf16 the formula itself makes a step up to a quarter faster, while the table is small.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(-2) <= 512:
@@ -279,22 +279,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
-def visible(past: int, T: int, segments: Tensor | None, device: torch.device,
-            explicit: bool = False) -> Tensor | None:
-    """The causal mask: query t is key past + t and sees the keys up to itself, of its segment.
-
-    segments (B, past + T) → (B, 1, T, past + T) bool; without segments (T, past + T), or None
-    where `attention` needs no mask: a text from its start (its is_causal says the same), or one
-    new token.
-    """
-    if segments is None and (past == 0 or T == 1) and not explicit:
-        return None
-    keys = torch.arange(past + T, device=device)
-    mask = keys <= keys[past:, None]  # (T, S)
-    if segments is not None:
-        mask = mask & (segments[:, past:, None] == segments[:, None, :])  # (B, T, S)
-        mask = mask[:, None]
-    return mask
+def visible(segments: Tensor) -> Tensor:
+    """segments (B, T) → mask (B, 1, T, T): each token sees those up to itself, of its own segment."""
+    T = segments.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def segment_positions(segments: Tensor) -> Tensor:
@@ -310,46 +299,56 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that each is computed once.
+    """Keys and values of the tokens that each row has read, so that each token is computed once.
 
-    It cannot slide past block_size: keys carry their absolute position. generate.py then keeps
-    the newest half and reads it again from position 0.
+    Rows differ in length: what lies beyond a row's own is never seen, and is written over (it must
+    be finite, though: a weight of 0 times NaN is NaN). It cannot slide past block_size: keys carry their absolute position. generate.py then keeps the
+    newest half and reads it again from position 0.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
-        self.keys_values = like.new_empty(shape)
-        self.segments: Tensor | None = None  # (B, length), once a row has been padded or packed
-        self.length = 0  # columns in use
+    def __init__(self, keys_values: Tensor, lengths: Tensor):
+        self.keys_values = keys_values  # (n_layer, 2, B, H, block_size, D)
+        self.lengths = lengths  # (B,) tokens that each row has read; on the CPU, where it is asked for
 
-    def append_segments(self, new: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Keep the segments of T new tokens; → those of all (B, length + T). Unnamed ones continue the last."""
-        if new is None and self.segments is None:
-            return None
-        B, T = tokens.shape
-        old = tokens.new_zeros(B, self.length) if self.segments is None else self.segments
-        if new is None:
-            new = old[:, -1:].expand(B, T)
-        self.segments = torch.cat([old, new], dim=1)
-        return self.segments
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """Some of the rows, in the same memory: to read with one is to read with both."""
+        return KVCache(self.keys_values[:, :, start:stop], self.lengths[start:stop])
 
-    def layer(self, index: int, T: int) -> "LayerCache":
-        """The part of one layer, about to take T new columns."""
-        return LayerCache(self.keys_values[index], self.length, self.length + T)
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def advance(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Count T more tokens in each row → their positions (B, T), and which keys they see: (B, 1, T, S) or None.
+
+        None where `attention` needs no mask: texts from their start (its is_causal says the
+        same), or one new token in rows of equal length.
+        """
+        positions = self.lengths[:, None] + torch.arange(T)
+        alike = bool((self.lengths == self.lengths[0]).all())
+        self.lengths += T
+        mask = None
+        if not alike or T not in (1, self.longest):
+            mask = (torch.arange(self.longest) <= positions[:, :, None])[:, None].to(self.keys_values.device)
+        return positions.to(self.keys_values.device), mask
+
+    def layer(self, index: int, positions: Tensor) -> "LayerCache":
+        """The part of one layer, about to take new tokens at these positions."""
+        return LayerCache(self.keys_values[index], positions, self.longest)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, with the columns start … end - 1 about to be written."""
+    """Keys and values of one layer, about to take those of tokens at `positions` (B, T), the last of them `end` - 1."""
 
     keys_values: Tensor  # (2, B, H, block_size, D)
-    start: int
+    positions: Tensor
     end: int
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) into the new columns; return all of them (B, H, S, D)."""
-        self.keys_values[0, :, :, self.start : self.end] = k
-        self.keys_values[1, :, :, self.start : self.end] = v
+        """Write k, v (B, H, T, D) at their positions; return all keys and values (B, H, S, D)."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # beside positions: one place for each new token
+        self.keys_values[0][rows, :, self.positions] = rearrange(k, "B H T D -> B T H D")
+        self.keys_values[1][rows, :, self.positions] = rearrange(v, "B H T D -> B T H D")
         return self.keys_values[0, :, :, : self.end], self.keys_values[1, :, :, : self.end]
 
 

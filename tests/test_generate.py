@@ -20,7 +20,6 @@ from nanochat.generate import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    left_padded,
     next_token,
     penalise_repetition,
     stream_text,
@@ -77,25 +76,50 @@ def test_cached_decoding_equals_full_forward(make_model, length, batch):
     prompts = [prompt_of(length, seed) for seed in range(batch)]
     tokens = BLOCK + 1 - length  # to the last place of the block
     cached = said_by(model, prompts, greedy(tokens))
-    assert cached == said_by(model, prompts, greedy(tokens), use_cache=False)
     assert cached == [plain_greedy(model, prompt, tokens) for prompt in prompts]
     assert length > 2 or len(set(cached[0])) > 2  # a model that repeats itself would prove little
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_chunk_appended_to_a_cache_equals_the_full_forward(make_model, padded):
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4), (0, 7)])
+def test_a_chunk_appended_to_a_cache_equals_the_full_forward(make_model, lengths):
     model = make_model()
-    first = [prompt_of(7), prompt_of(4 if padded else 7, seed=1)]
+    first = [prompt_of(n, seed) for seed, n in enumerate(lengths)]
     chunk = [prompt_of(5, seed=2), prompt_of(5, seed=3)]
     cache = model.new_cache(2)
-    tokens, segments = left_padded(first)
-    model.features(tokens, segments=segments, cache=cache)
+    for row, text in enumerate(first):
+        if text:
+            model.features(torch.tensor([text]), cache=cache.rows(row, row + 1))
     parts = [model.features(torch.tensor(chunk), cache=cache)]
     one_more = torch.tensor([[8], [9]])
     parts.append(model.features(one_more, cache=cache))
     for i in range(2):
         whole = model.features(torch.tensor([first[i] + chunk[i] + one_more[i].tolist()]))
         torch.testing.assert_close(torch.cat(parts, dim=1)[i], whole[0, -6:], rtol=1e-9, atol=1e-9)
+
+
+def test_a_reader_gives_the_logits_of_any_texts_and_reads_no_id_twice(make_model, monkeypatch):
+    model, read = make_model(), []
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda tokens, **kwargs: read.append(tokens.tolist()) or features(tokens, **kwargs))
+    a, b = prompt_of(6), prompt_of(9, seed=1)
+    reader = generate.Reader(model, 3)
+    for texts, expected in [
+        ([a, b], [[a[:5]], [b[:8]], [[a[5]], [b[8]]]]),  # each all but its last, then those side by side
+        ([a + [1], b + [2]], [[[1], [2]]]),
+        ([a + [1]], [[[1]]]),  # the same again: its last is read for the logits
+        ([a + [1, 5, 6], b[:3] + [4, 4, 4]], [[[5, 6]], None, None]),  # the second text goes another way
+        ([b[:4], b], None),
+        ([a, b, a], None),
+    ]:
+        read.clear()
+        logits = reader.logits(texts)
+        if expected and None not in expected:
+            assert [sorted(r) for r in read] == [sorted(r if isinstance(r[0], list) else [r]) for r in expected]
+        plain = torch.cat([model(torch.tensor([text]))[:, -1] for text in texts])
+        torch.testing.assert_close(logits, plain, rtol=1e-9, atol=1e-9)
+    read.clear()
+    reader.read(1, b + [3, 4])
+    assert read == [[[3, 4]]]
 
 
 def test_a_cache_that_is_full_says_so(make_model):
@@ -138,7 +162,6 @@ def test_past_the_block_cached_and_uncached_decoding_stay_equal(make_model, bloc
     model = make_model(block_size=block_size)
     tokens = 3 * block_size + 5
     cached = said_by(model, [prompt_of(length)], greedy(tokens))
-    assert cached == said_by(model, [prompt_of(length)], greedy(tokens), use_cache=False)
     assert cached == [plain_greedy(model, prompt_of(length), tokens)]
 
 
@@ -147,12 +170,12 @@ def test_a_full_block_keeps_its_newest_half_and_reads_it_from_position_zero(make
     read, features = [], model.features
 
     def spy(tokens, **kwargs):
-        read.append((tokens[0].tolist(), kwargs["cache"].length))
+        read.append((tokens[0].tolist(), kwargs["cache"].longest))
         return features(tokens, **kwargs)
 
     monkeypatch.setattr(model, "features", spy)
     prompt = prompt_of(12)
-    [new] = said_by(model, [prompt], greedy(30))
+    [new] = said_by(model, [prompt], SampleConfig(max_new_tokens=30, temperature=1))
     text = prompt + new
     chunks = [(tokens, past) for tokens, past in read if len(tokens) > 1]
     # 12 + 5 tokens are one too many: the newest 8 stay; 8 + 9 are again one too many, and so on
@@ -163,13 +186,12 @@ def test_a_full_block_keeps_its_newest_half_and_reads_it_from_position_zero(make
 # batches
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_prompts_of_different_length_in_a_batch_give_the_logits_of_each_alone(make_model, monkeypatch, use_cache):
+def test_prompts_of_different_length_in_a_batch_give_the_logits_of_each_alone(make_model, monkeypatch):
     model, seen = make_model(), []
     head = model.head
     monkeypatch.setattr(model, "head", lambda x: seen.append(head(x)) or seen[-1])
     prompts = [prompt_of(3), prompt_of(11), prompt_of(BLOCK), prompt_of(BLOCK + 9)]
-    together = said_by(model, prompts, greedy(2 * BLOCK), use_cache=use_cache)  # each row outgrows the block
+    together = said_by(model, prompts, greedy(2 * BLOCK))  # each row outgrows the block
     logits, seen = torch.stack(seen, dim=1), []
     for row, prompt in enumerate(prompts):
         assert said_by(model, [prompt], greedy(2 * BLOCK)) == [together[row]]

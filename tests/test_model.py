@@ -27,14 +27,16 @@ def tokens_of(gpt: GPT, B: int = 2, T: int = 11) -> torch.Tensor:
     return torch.randint(gpt.config.vocab_size, (B, T))
 
 
-@pytest.mark.parametrize("kind", ["causal", "segments", "one new token", "chunk"])
+@pytest.mark.parametrize("kind", ["causal", "segments", "one new token", "chunk", "rows of their own length"])
 def test_fused_attention_equals_the_formula(kind):
-    past = {"one new token": 6, "chunk": 4}.get(kind, 0)
-    T = {"one new token": 1, "chunk": 3}.get(kind, 7)
+    past = {"one new token": [6, 6], "chunk": [4, 4], "rows of their own length": [3, 4]}.get(kind, [0, 0])
+    T = {"one new token": 1, "chunk": 3, "rows of their own length": 3}.get(kind, 7)
     q = torch.randn(2, 3, T, 5, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 3, past + T, 5, dtype=torch.float64)
-    segments = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 1]]) if kind == "segments" else None
-    mask = model.visible(past, T, segments, q.device)
+    k, v = torch.randn(2, 2, 3, max(past) + T, 5, dtype=torch.float64)
+    mask = model.KVCache(k, torch.tensor(past)).advance(T)[1]
+    assert (mask is None) == (kind in ("causal", "segments", "one new token"))
+    if kind == "segments":
+        mask = model.visible(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 1]]))
     expected = model.attention_formula(q, k, v, mask, 0.0)
     torch.testing.assert_close(model.attention(q, k, v, mask, 0.0), expected, rtol=1e-9, atol=1e-12)
 
