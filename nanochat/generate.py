@@ -85,12 +85,16 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the likeliest tokens up to and including the one that makes their sum reach p."""
-    ordered, indices = logits.sort(descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    sum_before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = sum_before >= p
+    V = logits.size(-1)
+    probabilities = logits.softmax(dim=-1)
+    for k in (min(256, V), V):  # the likeliest few mostly reach it, which spares sorting all
+        ordered, indices = probabilities.topk(k)
+        if k == V or bool((ordered.sum(dim=-1) >= p).all()):
+            break
+    dropped = ordered.cumsum(dim=-1) - ordered >= p  # those before them reach it
     dropped[:, 0] = False  # p = 0 keeps one
-    return torch.empty_like(logits).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
+    kept = logits.gather(-1, indices).masked_fill(dropped, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, kept)
 
 
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
@@ -99,8 +103,11 @@ def keep_min_p(logits: Tensor, share: float) -> Tensor:
     return logits.masked_fill(probabilities < share * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
 
 
-def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], generator: torch.Generator) -> Tensor:
-    """Logits (B, V) → one id per row (B,). Raises InputError for NaN, +∞, or a row of −∞ only."""
+def probabilities(logits: Tensor, config: SampleConfig, context: list[list[int]]) -> Tensor:
+    """Logits (B, V) → the probability with which each token is chosen (B, V): 1 for the likeliest at temperature 0.
+
+    Raises InputError for NaN, +∞, or a row of −∞ only.
+    """
     logits = logits.float()
     if config.repetition_penalty != 1:
         logits = penalise_repetition(logits, context, config.repetition_penalty)
@@ -108,7 +115,7 @@ def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], g
     if not largest.isfinite().all():
         raise InputError("the model's logits are not finite: its weights are damaged, or too large for --dtype float16")
     if config.temperature == 0:
-        return logits.argmax(dim=-1)
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = (logits - largest) / max(config.temperature, 1e-30)  # at most 0, so that none becomes +∞
     if config.top_k:
         logits = keep_top_k(logits, config.top_k)
@@ -116,7 +123,13 @@ def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], g
         logits = keep_top_p(logits, config.top_p)
     if config.min_p:
         logits = keep_min_p(logits, config.min_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    return logits.softmax(dim=-1)
+
+
+def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], generator: torch.Generator) -> Tensor:
+    """Logits (B, V) → one id per row (B,), drawn from `probabilities`."""
+    chances = probabilities(logits, config, context)
+    return torch.multinomial(chances, 1, generator=generator).squeeze(1) if config.temperature else chances.argmax(dim=-1)
 
 
 # ------------------------------------------------------------------ decoding
@@ -155,6 +168,14 @@ class Reader:
         if known < len(text):
             self.features(row, [text[known:]])
         self.ids[row] = list(text)
+
+    def swap(self, a: int, b: int) -> None:
+        """Let two rows change places."""
+        if a != b:
+            self.ids[a], self.ids[b] = self.ids[b], self.ids[a]
+            used = self.cache.keys_values[..., : self.cache.longest, :]
+            used[:, :, [a, b]] = used[:, :, [b, a]]
+            self.cache.lengths[[a, b]] = self.cache.lengths[[b, a]]
 
     def features(self, row: int, ids: list[list[int]]) -> Tensor:
         """New ids (B, T) of the rows from `row` on → vectors (B, T, C)."""
@@ -221,27 +242,44 @@ def generate_ids(model: GPT, prompts: list[list[int]], config: SampleConfig,
 # ------------------------------------------------------------------ text
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+class TextStream:
     """Ids → pieces of text, as early as they are certain.
 
     A token may end in the middle of a character: its bytes wait for the rest. The pieces
     together are tokenizer.decode(ids), up to where the first of the `stop` strings begins; text
     that may be the beginning of one waits too.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    waiting = ""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.waiting = ""
+        self.stopped = False  # at a stop string: nothing more will come
+
+    def add(self, token: int) -> str:
+        """One id more → the text that it makes certain."""
+        self.waiting += self.utf8.decode(self.tokenizer.decode_bytes([token]))
+        certain = first_stop(self.waiting, self.stop)
+        piece, self.waiting = self.waiting[:certain], self.waiting[certain:]
+        self.stopped = self.waiting.startswith(self.stop)
+        return piece
+
+    def end(self) -> str:
+        """What waited, now that no more ids come."""
+        self.waiting += self.utf8.decode(b"", final=True)
+        return self.waiting[: min((self.waiting.index(s) for s in self.stop if s in self.waiting), default=None)]
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """The pieces of text that a TextStream makes of ids, up to a stop string."""
+    text = TextStream(tokenizer, stop)
     for token in ids:
-        waiting += utf8.decode(tokenizer.decode_bytes([token]))
-        certain = first_stop(waiting, stop)
-        if certain:
-            yield waiting[:certain]
-        waiting = waiting[certain:]
-        if waiting.startswith(tuple(stop)):
+        if piece := text.add(token):
+            yield piece
+        if text.stopped:
             return
-    waiting += utf8.decode(b"", final=True)
-    end = min((waiting.index(s) for s in stop if s in waiting), default=len(waiting))
-    if end:
-        yield waiting[:end]
+    if piece := text.end():
+        yield piece
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int:

@@ -312,11 +312,12 @@ def test_greedy_decoding_does_not_repeat_itself_under_a_heavy_penalty(make_model
     assert said_by(model, [[1], [2, 5]], config) == [[5, 6, 7], [6, 7, 5]]  # each row its own
 
 
+@pytest.mark.parametrize("vocabulary", [50, 1000])  # the second: mostly, the likeliest 256 are enough for top-p
 @pytest.mark.parametrize("seed", range(8))
-def test_the_filters_are_those_of_hugging_face(seed):
+def test_the_filters_are_those_of_hugging_face(seed, vocabulary):
     process = pytest.importorskip("transformers.generation.logits_process")
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(4, 50, generator=generator) * (0.1 + seed)
+    logits = torch.randn(4, vocabulary, generator=generator) * (0.1 + seed)
     context = torch.randint(50, (4, 12), generator=generator)
 
     def same(theirs, ours: torch.Tensor) -> None:
