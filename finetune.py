@@ -19,8 +19,11 @@ import tyro
 
 from data import find
 from nanochat import InputError, checkpoint, evaluate, lora, preview, processes, report, runs, runtime, splits, training
+from nanochat.dialogue import shared_system, with_system
 from nanochat.lora import LoRAConfig
 from nanochat.model import GPT
+from nanochat.records import print_left_out
+from nanochat.resume import Progress
 from nanochat.rows import Rows
 from nanochat.tasks import TASKS, Chat, Classify
 from nanochat.tokenizer import CHAT_TOKENS, Tokenizer
@@ -44,6 +47,8 @@ class Settings:
     lora: tyro.conf.OmitArgPrefixes[LoRAConfig] = field(default_factory=LoRAConfig)
     balance: bool = False
     """classify: weigh the texts so that all labels count alike"""
+    system: str = ""
+    """chat: system text for the conversations that have none; what most begin with, chats do too, unless told otherwise"""
     init: str = "out/pretrained"
     """weights to start from: a run folder, a Hugging Face GPT-2 folder, gpt2 … gpt2-xl, nanoGPT's ckpt.pt"""
     out: Path = Path("out/finetuned")
@@ -85,6 +90,8 @@ def main() -> None:
     block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
     if block_size < 16:
         raise InputError(f"--block-size is {block_size}, must be at least 16")
+    if settings.task == "chat":
+        tokenizer.system = shared_system(train_split, tokenizer, block_size)
     train_rows, val_rows, test_rows = (task.rows(part, model, tokenizer, block_size) for part in parts.values())
     if not train_rows.supervised_tokens:
         raise InputError(f"--data {settings.data}: no token to learn from in blocks of {block_size}")
@@ -114,9 +121,11 @@ def main() -> None:
 def check_flags(settings: Settings) -> None:
     """InputError for flags of another --method, and for a start that lies where this run will write."""
     usual = Settings()
-    for method, names in {"lora": asdict(usual.lora), "freeze": {"learn": usual.learn}}.items():
-        given = asdict(settings.lora) if method == "lora" else {"learn": settings.learn}
-        if settings.method != method and (changed := [name for name in names if given[name] != names[name]]):
+    if settings.system and settings.task != "chat":
+        raise InputError(f"--system is for --task chat, not {settings.task}")
+    own = {"lora": (asdict(settings.lora), asdict(usual.lora)), "freeze": ({"learn": settings.learn}, {"learn": usual.learn})}
+    for method, (given, default) in own.items():
+        if settings.method != method and (changed := [name for name in given if given[name] != default[name]]):
             raise InputError(f"--{changed[0].replace('_', '-')} is for --method {method}, not {settings.method}")
     if not settings.resume and Path(settings.init).exists() and Path(settings.init).resolve().is_relative_to(settings.out.resolve()):
         raise InputError(f"--init {settings.init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
@@ -130,11 +139,10 @@ def read_parts(settings: Settings, task: Chat | Classify) -> dict[str, list]:
     else:
         held_out, more_problems = task.read(processes.from_rank_0(lambda: find(settings.val_data)))
         train, val, test, problems = examples, held_out, held_out, problems + more_problems
-    for problem in problems[:5]:
-        print(f"left out: {problem}", file=sys.stderr)
-    if problems:
-        print(f"left out {len(problems)} records in all", file=sys.stderr)
+    print_left_out(problems)
     parts = {"training": train, "validation": val, "test": test}
+    if settings.system:
+        parts = {name: with_system(part, runtime.argument_text(settings.system)) for name, part in parts.items()}
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts.items()) + f" {task.examples}"
     if not all(parts.values()):
         different = len(set(map(splits.text_of, examples)))
@@ -162,7 +170,7 @@ def choose_what_learns(model: GPT, tokenizer: Tokenizer, settings: Settings) -> 
 
 
 def conclude(settings: Settings, task: Chat | Classify, parts: dict[str, list], model: GPT, tokenizer: Tokenizer,
-             train_rows: Rows, test_rows: Rows, progress: training.Progress, device: torch.device) -> None:
+             train_rows: Rows, test_rows: Rows, progress: Progress, device: torch.device) -> None:
     """Compare the best checkpoint with the start, on held-out examples; write report.md and print its main figures."""
     run = {
         "method": settings.method,

@@ -7,13 +7,12 @@
 """
 
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import tyro
 
-from nanochat import InputError, checkpoint, classifier, generate, runtime
+from nanochat import InputError, checkpoint, classifier, generate, packed, runtime, terminal
 from nanochat.classifier import GPTClassifier
 from nanochat.formats import Conversation
 from nanochat.generate import Chat, SampleConfig
@@ -34,14 +33,18 @@ class Settings:
     """what to answer (fine-tuned model) or to continue (base model)"""
     raw: bool = False
     """continue --prompt as plain text even with a fine-tuned model"""
-    system: str = ""
-    """system text at the start of a chat with a fine-tuned model"""
+    system: str | None = None
+    """system text at the start of a chat with a fine-tuned model; None: the checkpoint's own; "": none"""
     num_samples: int = 1
     """independent answers to --prompt"""
     device: str = "auto"
     """cuda, cpu, cuda:1, …"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of the weights"""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights of a quarter of the size, faster, a little less exact"""
+    compile: bool = False
+    """compile the steps of one token: a minute before the first one, faster from then on"""
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
 
 
@@ -50,17 +53,17 @@ def main() -> None:
     # UseAppendAction: of `--stop a --stop b`, neither is lost
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
     settings = tyro.cli(Settings, description=__doc__, config=config)
-    settings.system = argument_text(settings.system)
+    settings.system = None if settings.system is None else argument_text(settings.system)
     settings.prompt = None if settings.prompt is None else argument_text(settings.prompt)
     settings.sampling.stop = tuple(map(argument_text, settings.sampling.stop))
     if settings.num_samples < 1:
         raise InputError(f"--num-samples is {settings.num_samples}, must be at least 1")
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
-    model.to(device, DTYPES[settings.dtype])
     labels = isinstance(model, GPTClassifier)
-    if labels and (settings.raw or settings.system or settings.num_samples > 1):
-        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system and --num-samples are of no use to it")
+    if labels and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile):
+        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system, --num-samples and --compile are of no use to it")
+    packed.ready(model, device, DTYPES[settings.dtype], settings.quantize, settings.compile)
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats and not labels:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
@@ -70,10 +73,12 @@ def main() -> None:
         raise InputError(f"--num-samples is {settings.num_samples}, but --prompt is missing")
     if settings.system and not chats:
         raise InputError("--system is of use only to a model fine-tuned on dialogue, and not with --raw")
+    if settings.system is None:
+        settings.system = tokenizer.system if chats else ""
     if labels:
         return classify(model, tokenizer, settings.prompt)
     if settings.prompt is None:
-        return talk(Chat(model, tokenizer, settings.sampling, settings.system))
+        return terminal.Talk(Chat(model, tokenizer, settings.sampling, settings.system)).run()
     if chats:
         system = [{"role": "system", "content": settings.system}] if settings.system else []
         answer([*system, {"role": "user", "content": settings.prompt}], model, tokenizer, settings)
@@ -83,39 +88,10 @@ def main() -> None:
 
 def classify(model: GPTClassifier, tokenizer: Tokenizer, text: str | None) -> None:
     """Print the labels of a text, likeliest first; without one, the likeliest label of each line of standard input."""
-    for line in lines() if text is None else [text]:
+    for line in terminal.said("Type a text for its labels; Ctrl-D ends.") if text is None else [text]:
         rows = classifier.to_rows([(line, model.labels[0])], model.labels, tokenizer, model.config.block_size)
         found = sorted(zip(classifier.probabilities(model, rows, 1)[0].tolist(), model.labels), reverse=True)
         print("  ".join(f"{label} {probability:.1%}" for probability, label in found[:5]), flush=True)
-
-
-def talk(chat: Chat) -> None:
-    """Answer each line that the user types, or that a pipe brings, until the last."""
-    for text in lines():
-        try:
-            show(chat.ask(text))
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        except KeyboardInterrupt:  # ends the reply, of which the model remembers what is shown; at the prompt, the chat
-            if not sys.stdin.isatty():
-                raise
-            print()
-        if chat.dropped:
-            print(f"(the oldest {chat.dropped} messages no longer fit and were left out)", file=sys.stderr)
-
-
-def lines() -> Iterator[str]:
-    """What a user says: in a terminal up to an empty line or Ctrl-D, from a pipe every line with text."""
-    if not sys.stdin.isatty():
-        yield from filter(None, (line.strip("\ufeff \t\r\n") for line in sys.stdin))  # a BOM: from Windows' pipes
-        return
-    print("Say something; Ctrl-C ends a reply, an empty line or Ctrl-D the program.")
-    try:
-        while text := input("> ").strip():
-            yield text
-    except EOFError:
-        print()
 
 
 def answer(messages: Conversation, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -136,20 +112,13 @@ def complete(text: str, model: GPT, tokenizer: Tokenizer, settings: Settings) ->
 
 def print_continuations(before: str, prompt: list[int], model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
     if settings.num_samples == 1:
-        print(before, end="", flush=True)
-        return show(generate.stream(model, tokenizer, prompt, settings.sampling))
+        print(terminal.safe(before), end="", flush=True)
+        return terminal.show(generate.stream(model, tokenizer, prompt, settings.sampling))
     for start in range(0, settings.num_samples, SAMPLES_AT_ONCE):
         prompts = [prompt] * min(SAMPLES_AT_ONCE, settings.num_samples - start)
         config = replace(settings.sampling, seed=settings.sampling.seed + start)
         for number, text in enumerate(generate.texts(model, tokenizer, prompts, config), start=start + 1):
-            print(f"--- {number}\n{before}{text}", flush=True)
-
-
-def show(pieces: Iterable[str]) -> None:
-    """Print pieces of text as they come."""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+            print(terminal.safe(f"--- {number}\n{before}{text}"), flush=True)
 
 
 if __name__ == "__main__":

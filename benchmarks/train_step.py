@@ -98,6 +98,7 @@ class Variants:
         self.models: dict[bool, tuple] = {}  # whether it is Hugging Face's: (network, optimizer)
 
     def model(self, hugging_face: bool) -> tuple:
+        """(network, optimizer), made at the first call and the same ones from then on."""
         if hugging_face not in self.models:
             torch.manual_seed(0)
             build = peers.gpt2_of_hugging_face if hugging_face else GPT

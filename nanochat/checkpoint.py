@@ -2,7 +2,8 @@
 
     step-000400/
       config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
-      nanochat.json    for people: step, results, settings, template, tokenizer hash, versions
+      nanochat.json    for people: step, results, settings, template, tokenizer hash, versions; and the
+                       system text that chats begin with
 
 Our parameter names are GPT-2's, so a conversion adds or strips the prefix "transformer." and
 transposes four matrices a block: GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
@@ -29,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nanochat import InputError, lora, runtime, wordpiece
 from nanochat.classifier import GPTClassifier
@@ -141,7 +143,7 @@ def load_adapted(path: Path, merge: bool) -> tuple[GPT, Tokenizer]:
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path, labels: list[str] | None = None) -> GPT:
     """A GPT, or with labels a GPTClassifier, of exactly these weights; InputError names each missing, unexpected or mis-shaped one."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutValues():
         model = GPTClassifier(config, labels) if labels else GPT(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = [f"missing {name}" for name in wanted if name not in state]
@@ -153,14 +155,23 @@ def build(config: GPTConfig, state: dict[str, Tensor], path: Path, labels: list[
     ]
     if wrong:
         more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(f"{path}: weights do not fit the network: {shortened('; '.join(wrong[:8]))}{more}")
+        raise InputError(f"{path}: weights do not fit the network: {one_line('; '.join(wrong[:8]))}{more}")
     model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
     model.requires_grad_(True)
     return model.eval()
 
 
-def shortened(text: str) -> str:
-    """A text out of a file, as part of one line."""
+class WithoutValues(TorchFunctionMode):
+    """While this is open, torch.nn.init leaves tensors as they are: on "meta" it would first import the compiler, for 1.3 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (args or [kwargs["tensor"]])[0]
+        return function(*args, **(kwargs or {}))
+
+
+def one_line(text: str) -> str:
+    """A text out of a file or an error, as part of one line."""
     return " ".join(text.split())[:1000]
 
 
@@ -260,13 +271,13 @@ def to_our_layout(tensors: dict[str, Tensor], conv1d: bool, path: Path) -> dict[
     state: dict[str, Tensor] = {}
     for there, w in tensors.items():
         if not isinstance(there, str) or not isinstance(w, Tensor):
-            raise InputError(f"{path}: holds {shortened(repr(there))}, a {type(w).__name__}: not only tensors with names")
+            raise InputError(f"{path}: holds {one_line(repr(there))}, a {type(w).__name__}: not only tensors with names")
         name = name_here(there)
         if name in state:
-            raise InputError(f"{path}: holds {shortened(name)} twice, the second time as {shortened(there)}")
+            raise InputError(f"{path}: holds {one_line(name)} twice, the second time as {one_line(there)}")
         if name is not None:
             if not (w.is_floating_point() and w.layout is torch.strided and w.device.type == "cpu"):
-                raise InputError(f"{path}: {shortened(there)} is {w.dtype}, {w.layout}: only plain floating-point weights are read")
+                raise InputError(f"{path}: {one_line(there)} is {w.dtype}, {w.layout}: only plain floating-point weights are read")
             state[name] = w.t() if conv1d and name.endswith(TRANSPOSED) and w.dim() == 2 else w
     for there, w in tensors.items():
         if there.endswith("lm_head.weight") and "wte.weight" in state and not torch.equal(w.float(), state["wte.weight"].float()):
@@ -293,7 +304,7 @@ def read_config(path: Path) -> GPTConfig:
     if fields.get("embd_pdrop", 0.1) != fields.get("resid_pdrop", 0.1):
         wrong.append("embd_pdrop differs from resid_pdrop; one dropout serves both")
     if wrong:
-        raise InputError(f"{path}: not implemented here: {shortened('; '.join(wrong))}")
+        raise InputError(f"{path}: not implemented here: {one_line('; '.join(wrong))}")
     return config_of({"dropout": 0.1, "attention_dropout": 0.1} | values, path)  # what absent fields mean in Hugging Face
 
 
@@ -316,18 +327,18 @@ def config_of(values: dict, path: Path) -> GPTConfig:
     wrong += [f"{name} is {values[name]!r}, must be a number from 0 to 1" for name in ("dropout", "attention_dropout", "layer_norm_epsilon")
               if name in values and (type(values[name]) not in (int, float) or not 0 <= values[name] < 1)]
     if wrong:
-        raise InputError(f"{path}: {shortened('; '.join(wrong))}")
+        raise InputError(f"{path}: {one_line('; '.join(wrong))}")
     try:
         return GPTConfig(**values)
     except InputError as error:
-        raise InputError(f"{path}: {shortened(str(error))}") from None
+        raise InputError(f"{path}: {one_line(str(error))}") from None
 
 
 def read_nanogpt(path: Path) -> Source:
     """nanoGPT's ckpt.pt. Its GELU is the erf form; absent biases (bias=False) are zeros."""
     content = read_tensors(path)
     if not isinstance(content.get("model"), dict) or not isinstance(content.get("model_args"), dict):
-        raise InputError(f"{path}: keys are {shortened(str(list(content)[:8]))}; a nanoGPT checkpoint has model and model_args")
+        raise InputError(f"{path}: keys are {one_line(str(list(content)[:8]))}; a nanoGPT checkpoint has model and model_args")
     args, tensors = content["model_args"], content["model"]
     dropout = args.get("dropout", 0.0)
     shape = {name: args.get(name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
@@ -356,7 +367,7 @@ def read_tensors(path: Path) -> dict:
         reason = next((line for line in str(error).splitlines() if "nsupported" in line), "")
         raise InputError(f"{path}: refused: it is damaged or holds more than weights. {reason}".rstrip()) from None
     except Exception as error:  # damaged bytes raise a dozen kinds, down to IndexError
-        raise InputError(f"{path}: damaged: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path}: damaged: {type(error).__name__} {one_line(str(error))[:200]}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a dict, found a {type(content).__name__}")
     return content
@@ -371,7 +382,11 @@ def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
     else:
         raise InputError(f"{folder}: no tokenizer.json or vocab.txt, and {config.vocab_size:,} rows are not GPT-2's 50,257")
     ours = folder / "nanochat.json"
-    named = read_json(ours).get("template") if ours.exists() else None
+    about = read_json(ours) if ours.exists() else {}
+    named, system = about.get("template"), about.get("system") or ""
+    if not isinstance(system, str):
+        raise InputError(f"{ours}: system is {type(system).__name__}, must be text")
+    tokenizer.system = system
     if named is not None and (named != TEMPLATE_NAME or tokenizer.chat_template != CHAT_TEMPLATE):
         raise InputError(f"{folder}: made with chat template {named!r}, this version speaks {TEMPLATE_NAME!r}")
     return tokenizer
@@ -445,7 +460,8 @@ def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     write_json(
         folder / "config.json",
         {"model_type": "gpt2", **head, **config,
-         "embd_pdrop": model.config.dropout, "tie_word_embeddings": True, "dtype": "float32",
+         "embd_pdrop": model.config.dropout,
+        "n_ctx": model.config.block_size,  # llama.cpp's converter asks for it "tie_word_embeddings": True, "dtype": "float32",
          **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
     )
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})
@@ -495,10 +511,12 @@ def main() -> None:
     try:
         temporary.mkdir(parents=True)
         write_hugging_face(temporary, model, tokenizer)
+        if tokenizer.system:
+            write_json(temporary / "nanochat.json", {"template": TEMPLATE_NAME, "system": tokenizer.system})
         os.replace(temporary, args.destination)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{args.destination} cannot be written ({shortened(str(error))})") from None
+        raise InputError(f"{args.destination} cannot be written ({one_line(str(error))})") from None
     total = sum(p.numel() for p in model.parameters())
     print(f"missing: none; unexpected: none; {total:,} parameters; {model.config}")
     print(f"wrote {args.destination}")

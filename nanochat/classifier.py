@@ -58,7 +58,7 @@ def with_label_head(model: GPT, labels: Sequence[str]) -> GPTClassifier:
         classifier = GPTClassifier(model.config, labels)
     shared = {name: w for name, w in model.state_dict().items() if not name.startswith("score.")}  # of other labels
     classifier.load_state_dict(shared, strict=False, assign=True)
-    classifier.score.to_empty(device=model.wte.weight.device)
+    classifier.score.to_empty(device=model.wpe.weight.device)
     nn.init.normal_(classifier.score.weight, std=0.02)
     return classifier.requires_grad_(True)
 
@@ -145,7 +145,7 @@ def to_rows(examples: Sequence[Labelled], labels: Sequence[str], tokenizer: Toke
 @torch.no_grad()
 def probabilities(model: GPTClassifier, rows: Rows, batch_size: int) -> Tensor:
     """Of each label, for each text: (texts, labels), in the order of the texts; fp32."""
-    device, training = model.wte.weight.device, model.training
+    device, training = model.wpe.weight.device, model.training
     model.eval()
     found = torch.zeros(sum(map(len, rows.rows)), len(model.labels))
     for start in range(0, len(rows), batch_size):
@@ -170,12 +170,14 @@ class Report:
 
     @classmethod
     def of(cls, labels: list[str], truth: Sequence[int], predicted: Sequence[int]) -> "Report":
+        """Of the numbers of the true label and of the predicted one, of each text."""
         counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
         np.add.at(counts, (np.asarray(truth), np.asarray(predicted)), 1)
         return cls(labels, counts)
 
     @property
     def accuracy(self) -> float:
+        """The share of texts that got their label."""
         return float(np.trace(self.counts) / max(self.counts.sum(), 1))
 
     @property

@@ -11,6 +11,7 @@ A conversation longer than the block becomes windows in which each reply is supe
 once; rows.py packs several short ones into a row.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -43,6 +44,22 @@ def render_turn(message: Message, tokenizer: Tokenizer) -> tuple[list[int], list
 def render_prompt(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
     """The ids after which the assistant speaks: `render`, then the assistant's role token."""
     return render(messages, tokenizer)[0] + [tokenizer.control["<|assistant|>"]]
+
+
+def with_system(conversations: list[Conversation], text: str) -> list[Conversation]:
+    """The conversations, those without a system text with this one."""
+    return [messages if messages[0]["role"] == "system" else [{"role": "system", "content": text}, *messages] for messages in conversations]
+
+
+def shared_system(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> str:
+    """The system text with which most conversations begin, so that a chat should too; "" if there is none.
+
+    Nor is one of over half the block: `windows` has cut it.
+    """
+    begins = Counter(messages[0]["content"] if messages[0]["role"] == "system" else "" for messages in conversations)
+    [(text, count)] = begins.most_common(1)
+    most = 2 * count > len(conversations)
+    return text if most and len(render_turn({"role": "system", "content": text}, tokenizer)[0]) <= block_size // 2 else ""
 
 
 # ---------------------------------------------------------------------------- windows

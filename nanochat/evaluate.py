@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from nanochat.dialogue import render_prompt
 from nanochat.formats import Conversation
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT, IGNORED, LOSS_CHUNK, Batch, at_least_fp32
+from nanochat.packed import pack
 from nanochat.rows import Rows, Window
 from nanochat.runtime import autocast
 from nanochat.tokenizer import END_OF_TURN, Tokenizer
@@ -49,7 +49,7 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
     ln 2 · UTF-8 bytes (characters) of their text: they compare models with different tokenizers. A classifier has loss
     and accuracy only.
     """
-    device = model.wte.weight.device
+    device = model.wpe.weight.device
     classifies = isinstance(model, GPTClassifier)
     sizes = torch.tensor([tokenizer.byte_lengths(), tokenizer.character_counts()], device=device)
     end = -1 if classifies else tokenizer.control.get(END_OF_TURN, -1)
@@ -134,7 +134,7 @@ def loglikelihood(model: GPT, tokenizer: Tokenizer, context: str, continuation: 
     if not before:
         before, whole = [tokenizer.end_of_text], [tokenizer.end_of_text, *whole]
     count = len(whole) - len(before)
-    ids = torch.tensor(whole[-model.config.block_size - 1 :], device=model.wte.weight.device)
+    ids = torch.tensor(whole[-model.config.block_size - 1 :], device=model.wpe.weight.device)
     targets = ids[1:].clone()
     targets[: max(0, len(targets) - count)] = IGNORED
     return -model.nll(ids[None, :-1], targets[None]).sum().item()
@@ -279,18 +279,21 @@ def main() -> None:
     parser.add_argument("checkpoint", help="run folder, Hugging Face GPT-2 folder, PEFT adapter, gpt2 …")
     parser.add_argument("data", type=Path, help="conversations, labelled texts, questions with choices, or plain text: told by their content")
     parser.add_argument("--text", action="store_true", help="take the data as plain text, whatever the model was fine-tuned for")
+    parser.add_argument("--quantize", choices=["none", "int8"], default="none", help="measure it as sample.py --quantize int8 runs it")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}, must be at least 1")
     model, tokenizer = checkpoint.load(args.checkpoint)
     model.to(runtime.pick_device())
+    if args.quantize != "none":
+        pack(model, args.quantize)
     block_size = model.config.block_size
     if isinstance(model, GPTClassifier):
         if args.text:
             raise InputError(f"--text: {args.checkpoint} is a classifier")
         examples, problems = classifier.read(args.data)
-        say(problems)
+        records.print_left_out(problems)
         if unknown := sorted({label for _, label in examples} - set(model.labels)):
             raise InputError(f"{args.data}: label {unknown[0]!r} is none of the model's: {records.shown(model.labels)}")
         rows = classifier.to_rows(examples, model.labels, tokenizer, block_size)
@@ -299,19 +302,13 @@ def main() -> None:
         result = choose(model, tokenizer, questions)
     elif not args.text and tokenizer.chat_template:
         conversations, problems = formats.read(args.data)
-        say(problems)
+        records.print_left_out(problems)
         rows = dialogue.to_rows(conversations, tokenizer, block_size)
         result = measure_chat(model, tokenizer, conversations, rows, args.batch_size)
     else:
         rows = text_rows((text for _, text in sources.documents(args.data)), tokenizer, block_size)
         result = score(model, tokenizer, rows.batches(args.batch_size), total=math.ceil(len(rows) / args.batch_size))
     print(json.dumps(result, indent=2, ensure_ascii=False))
-
-
-def say(problems: list[str]) -> None:
-    """What of a file was left out, and why."""
-    print("".join(f"left out: {problem}\n" for problem in problems[:5]) + f"left out {len(problems)} records in all\n" * bool(problems),
-          end="", file=sys.stderr)
 
 
 def read_questions(path: Path) -> list[dict]:

@@ -149,38 +149,44 @@ class Reader:
     @torch.inference_mode()
     def logits(self, texts: list[list[int]]) -> Tensor:
         """Ids of texts, each of at most block_size → logits (B, V) of what may follow each."""
-        for row, text in enumerate(texts):
-            self.cache.lengths[row] = min(shared_prefix(self.ids[row], text), len(text) - 1)  # the last is read for its logits
-        known = self.cache.lengths.tolist()
-        if len({len(text) - n for text, n in zip(texts, known)}) > 1:  # not side by side: first all but the last id of each
+        known = self.keep(0, [text[:-1] for text in texts])  # the last id of each is read for its logits
+        if len({len(text) - n for text, n in zip(texts, known)}) > 1:  # not side by side: first all but the last
             for row, text in enumerate(texts):
                 self.read(row, text[:-1])
             known = [len(text) - 1 for text in texts]
         x = self.features(0, [text[n:] for text, n in zip(texts, known)])
-        self.ids[: len(texts)] = [list(text) for text in texts]
         return self.model.head(x[:, -1])
 
     @torch.inference_mode()
     def read(self, row: int, text: list[int]) -> None:
         """Bring one row to have read `text`."""
-        known = shared_prefix(self.ids[row], text)
-        self.cache.lengths[row] = known
+        [known] = self.keep(row, [text])
         if known < len(text):
             self.features(row, [text[known:]])
-        self.ids[row] = list(text)
+
+    def keep(self, row: int, texts: list[list[int]]) -> list[int]:
+        """Of the rows from `row` on, forget what is not in their texts; → how many ids remain of each."""
+        for r, text in enumerate(texts, start=row):
+            self.cache.lengths[r] = shared_prefix(self.ids[r], text)
+            self.ids[r] = self.ids[r][: self.cache.lengths[r]]
+        return [len(self.ids[r]) for r in range(row, row + len(texts))]
+
+    def features(self, row: int, new: list[list[int]]) -> Tensor:
+        """Read new ids (B, T) in the rows from `row` on → vectors (B, T, C)."""
+        tokens = torch.tensor(new, device=self.cache.keys.device)
+        x = self.model.features(tokens, cache=self.cache.rows(row, row + len(new)))
+        for r, ids in enumerate(new, start=row):  # only now: an interrupt before this leaves the row as it was
+            self.ids[r] = self.ids[r] + ids
+        return x
 
     def swap(self, a: int, b: int) -> None:
         """Let two rows change places."""
         if a != b:
             self.ids[a], self.ids[b] = self.ids[b], self.ids[a]
-            used = self.cache.keys_values[..., : self.cache.longest, :]
-            used[:, :, [a, b]] = used[:, :, [b, a]]
+            for stored in (self.cache.keys, self.cache.values):
+                used = stored[..., : self.cache.longest, :]
+                used[:, [a, b]] = used[:, [b, a]]
             self.cache.lengths[[a, b]] = self.cache.lengths[[b, a]]
-
-    def features(self, row: int, ids: list[list[int]]) -> Tensor:
-        """New ids (B, T) of the rows from `row` on → vectors (B, T, C)."""
-        tokens = torch.tensor(ids, device=self.cache.keys_values.device)
-        return self.model.features(tokens, cache=self.cache.rows(row, row + len(ids)))
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:
@@ -312,33 +318,81 @@ class Chat:
     """A conversation with a model fine-tuned on dialogue.
 
     Each prompt fits the block with room for a reply; a reply that outgrows it goes on as
-    `generate` says, forgetting the older half.
+    `generate` says, forgetting the older half. What the model has read it does not read again,
+    as long as the oldest exchanges still fit.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, config: SampleConfig, system: str = ""):
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.messages: Conversation = [{"role": "system", "content": system}] if system else []
+        self.reader = Reader(model, 1)
+        self.asked = 0  # replies begun: each has a seed of its own, so that the same question may get another answer
+        self.tokens, self.finish = 0, ""  # of the last reply: its length, and "stop" (by itself), "length" or "cut"
+        self.begin([{"role": "system", "content": system}] if system else [])
+
+    def begin(self, messages: Conversation) -> None:
+        """Go on from these messages: none, a system text alone, or whole exchanges. InputError if the system text leaves no room."""
+        if messages and messages[0]["role"] == "system":
+            hello = [messages[0], {"role": "user", "content": "?"}]
+            fit(hello, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
+        self.messages = messages
         self.dropped = 0  # oldest messages left out of the last prompt for want of room
-        if system:  # too long for any message: say so now
-            fit([*self.messages, {"role": "user", "content": "?"}], tokenizer, model.config.block_size, config.max_new_tokens)
+
+    @property
+    def system(self) -> Conversation:
+        """The system message, if there is one."""
+        return self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+
+    @property
+    def exchanges(self) -> Conversation:
+        """What was said after the system message: the user and the model in turn."""
+        return self.messages[len(self.system) :]
 
     def ask(self, text: str) -> Iterator[str]:
         """Say something; yields the reply in pieces and then remembers both.
 
         Of a reply that is not read to its end, what was read is remembered: the model knows what
-        stands on the screen. Raises InputError if the text alone does not fit; the conversation is
-        then unchanged.
+        stands on the screen. Without a word of reply, and when InputError says that the text alone
+        does not fit, the conversation is unchanged.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        return self.reply([*self.messages, {"role": "user", "content": text}])
+
+    def ask_again(self) -> Iterator[str]:
+        """Another reply to the last message, in place of its reply; there must be one."""
+        return self.reply(self.messages[:-1])
+
+    def undo(self) -> str:
+        """Forget the last exchange; → what the user had said. There must be one."""
+        said = self.messages[-2]["content"]
+        self.messages = self.messages[:-2]
+        return said
+
+    def reply(self, messages: Conversation) -> Iterator[str]:
+        """What the model says to `messages`, the last of which is the user's."""
         prompt, self.dropped = fit(messages, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
-        seed = self.config.seed + len(messages)  # the same question twice may get another answer
+        config = replace(self.config, seed=self.config.seed + self.asked)
+        self.asked += 1
         pieces = []
         try:
-            for piece in stream(self.model, self.tokenizer, prompt, replace(self.config, seed=seed)):
+            for piece in stream_text(self.tokenizer, self.new_ids(prompt, config), config.stop):
                 pieces.append(piece)
                 yield piece
+        except BaseException:  # such as Ctrl-C in the middle of a reading: nobody knows what the cache then holds
+            self.reader.ids[0], self.finish = [], "cut"
+            raise
         finally:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            if (text := "".join(pieces)).strip():  # an empty turn, which no training data has, would teach the next to be empty
+                self.messages = [*messages, {"role": "assistant", "content": text}]
+
+    def new_ids(self, prompt: list[int], config: SampleConfig) -> Iterator[int]:
+        """The ids of a reply as they are chosen; keeps count of them, and of what ends it."""
+        control = set(self.tokenizer.control.values())
+        self.tokens, self.finish = 0, "stop"
+        for [new] in generate(self.model, [prompt], config, control, self.reader):
+            if new in control:
+                return
+            self.tokens += 1
+            yield new
+        self.finish = "length"
 
 
 def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tokens: int) -> tuple[list[int], int]:

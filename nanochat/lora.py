@@ -74,6 +74,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors (..., in) → W x + scale · B A x, (..., out)."""
         added = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scale * added
 
@@ -100,6 +101,7 @@ class TokenRows(nn.Module):
         return torch.cat([self.frozen, self.rows])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Ids (...) → rows of the table, (..., C)."""
         old = F.embedding(tokens.clamp(max=self.first - 1), self.frozen)
         new = F.embedding((tokens - self.first).clamp(min=0), self.rows)
         return torch.where((tokens >= self.first).unsqueeze(-1), new, old)
@@ -201,12 +203,8 @@ def to_peft(model: GPT, base: str) -> tuple[dict, dict[str, Tensor]]:
     return config, {name: p.detach().float().cpu().contiguous() for name, p in tensors.items()}
 
 
-def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object) -> None:
-    """Put an adapter of PEFT's files onto its base, in place; `path`, of the adapter, is for the InputErrors.
-
-    Refused by name: what would change the meaning of the tensors (DoRA, rank patterns, …), tensors that
-    fit no matrix, whole token tables.
-    """
+def checked(config: dict, path: object) -> tuple[int, float]:
+    """Rank and alpha of an adapter_config.json; InputError names what would change the meaning of the tensors."""
     wrong = [f"{name} is {config[name]!r}, must be {value!r}" for name, value in REQUIRED.items() if config.get(name) not in (value, None)]
     if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
         wrong.append(f"init_lora_weights is {config['init_lora_weights']!r}, must be true")
@@ -215,6 +213,16 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
         wrong.append(f"r is {rank!r} and lora_alpha {alpha!r}, must be numbers")
     if wrong:
         raise InputError(f"{path}: not implemented here: {'; '.join(wrong)[:1000]}")
+    return rank, alpha
+
+
+def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object) -> None:
+    """Put an adapter of PEFT's files onto its base, in place; `path`, of the adapter, is for the InputErrors.
+
+    Refused by name: what would change the meaning of the tensors (DoRA, rank patterns, …), tensors that
+    fit no matrix, whole token tables.
+    """
+    rank, alpha = checked(config, path)
     left = {name.removeprefix(PEFT).removeprefix("transformer."): w for name, w in tensors.items()}
     places = config.get("trainable_token_indices") or []
     places = next(iter(places.values()), []) if isinstance(places, dict) else places
@@ -222,8 +230,8 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
     for name in sorted({name[: -len(".lora_A.weight")] for name in left if name.endswith(".lora_A.weight")}):
         A, B = left.pop(f"{name}.lora_A.weight"), left.pop(f"{name}.lora_B.weight", None)
         parent, _, last = name.rpartition(".")
-        linear = getattr(model.get_submodule(parent), last) if re.fullmatch(rf"h\.\d+\.({'|'.join(LINEARS)})", name) and (
-            int(name.split(".")[1]) < len(model.h)) else None
+        place = re.fullmatch(rf"h\.(\d+)\.({'|'.join(LINEARS)})", name)
+        linear = getattr(model.get_submodule(parent), last) if place and int(place[1]) < len(model.h) else None
         shapes = None if linear is None else ((rank, linear.in_features), (linear.out_features, rank))
         if B is None or shapes != (tuple(A.shape), tuple(B.shape)):
             raise InputError(f"{path}: lora_A and lora_B of {name} do not fit the base" + (f", which wants {shapes}" if shapes else ""))

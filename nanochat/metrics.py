@@ -28,12 +28,14 @@ class MetricsLog:
 
     @on_rank_0
     def write(self, **record) -> None:
+        """Add a line; InputError if the disk does not take it."""
         try:
             print(json.dumps(record, ensure_ascii=False), file=self.file, flush=True)
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}; --resume goes on once that is mended") from None
 
     def close(self) -> None:
+        """Close the file, if this process has one."""
         with suppress(OSError, AttributeError):  # what a full disk did not take; no file
             self.file.close()
 

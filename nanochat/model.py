@@ -130,12 +130,16 @@ class GPT(nn.Module):
 
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.h):
+        return self.ln_f(self.blocks(x, mask, cache and cache.layers(positions)))
+
+    def blocks(self, x: Tensor, mask: Tensor | None, caches: "list[LayerCache] | None") -> Tensor:
+        """Through one block after the other: (B, T, C) → (B, T, C)."""
+        for block, cache in zip(self.h, caches or [None] * len(self.h)):
             if self.recompute and self.training:  # Chen et al. 2016; a third more work
                 x = checkpoint(self.layer, block, x, mask, use_reentrant=False)
             else:
-                x = self.layer(block, x, mask, cache and cache.layer(layer, positions))
-        return self.ln_f(x)
+                x = self.layer(block, x, mask, cache)
+        return x
 
     @staticmethod
     def layer(block: "Block", x: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
@@ -193,10 +197,12 @@ class GPT(nn.Module):
         self.wte.num_embeddings = self.config.vocab_size = vocab_size
 
     def new_cache(self, batch_size: int) -> "KVCache":
-        """An empty cache in the dtype and on the device of the weights."""
-        c = self.config
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return KVCache(self.wpe.weight.new_zeros(shape), torch.zeros(batch_size, dtype=torch.int64))
+        """An empty cache on the device of the weights, in their dtype; on a CPU at least fp32, which attention reads faster there."""
+        c, like = self.config, self.wpe.weight
+        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        dtype = at_least_fp32(like[:1]).dtype if like.device.type == "cpu" else like.dtype
+        keys, values = (like.new_zeros(shape, dtype=dtype) for _ in "kv")
+        return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64))
 
 
 class Block(nn.Module):
@@ -231,7 +237,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
         dropout = self.config.attention_dropout if self.training else 0.0
-        y = attention(q, k, v, mask, dropout)  # (B, H, T, D)
+        y = attention(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)  # (B, H, T, D)
         y = self.c_proj(rearrange(y, "B H T D -> B T (H D)"))
         return F.dropout(y, self.config.dropout, self.training)
 
@@ -302,17 +308,18 @@ class KVCache:
     """Keys and values of the tokens that each row has read, so that each token is computed once.
 
     Rows differ in length: what lies beyond a row's own is never seen, and is written over (it must
-    be finite, though: a weight of 0 times NaN is NaN). It cannot slide past block_size: keys carry their absolute position. generate.py then keeps the
-    newest half and reads it again from position 0.
+    be finite, though: a weight of 0 times NaN is NaN). It cannot slide past block_size: keys carry
+    their absolute position. generate.py then keeps the newest half and reads it again from
+    position 0.
     """
 
-    def __init__(self, keys_values: Tensor, lengths: Tensor):
-        self.keys_values = keys_values  # (n_layer, 2, B, H, block_size, D)
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor):
+        self.keys, self.values = keys, values  # (n_layer, B, H, block_size, D)
         self.lengths = lengths  # (B,) tokens that each row has read; on the CPU, where it is asked for
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """Some of the rows, in the same memory: to read with one is to read with both."""
-        return KVCache(self.keys_values[:, :, start:stop], self.lengths[start:stop])
+        return KVCache(self.keys[:, start:stop], self.values[:, start:stop], self.lengths[start:stop])
 
     @property
     def longest(self) -> int:
@@ -329,27 +336,29 @@ class KVCache:
         self.lengths += T
         mask = None
         if not alike or T not in (1, self.longest):
-            mask = (torch.arange(self.longest) <= positions[:, :, None])[:, None].to(self.keys_values.device)
-        return positions.to(self.keys_values.device), mask
+            mask = (torch.arange(self.longest) <= positions[:, :, None])[:, None].to(self.keys.device)
+        return positions.to(self.keys.device), mask
 
-    def layer(self, index: int, positions: Tensor) -> "LayerCache":
-        """The part of one layer, about to take new tokens at these positions."""
-        return LayerCache(self.keys_values[index], positions, self.longest)
+    def layers(self, positions: Tensor) -> "list[LayerCache]":
+        """The part of each layer, about to take new tokens at these positions."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        return [LayerCache(self.keys[i], self.values[i], rows, positions, self.longest) for i in range(len(self.keys))]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, about to take those of tokens at `positions` (B, T), the last of them `end` - 1."""
+    """Keys and values of one layer, about to take those of T new tokens."""
 
-    keys_values: Tensor  # (2, B, H, block_size, D)
-    positions: Tensor
-    end: int
+    keys: Tensor  # (B, H, block_size, D)
+    values: Tensor
+    rows: Tensor  # (B, 1) 0 … B - 1: beside positions, one place for each new token
+    positions: Tensor  # (B, T)
+    end: int  # the last of them + 1
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) at their positions; return all keys and values (B, H, S, D)."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]  # beside positions: one place for each new token
-        self.keys_values[0][rows, :, self.positions] = rearrange(k, "B H T D -> B T H D")
-        self.keys_values[1][rows, :, self.positions] = rearrange(v, "B H T D -> B T H D")
-        return self.keys_values[0, :, :, : self.end], self.keys_values[1, :, :, : self.end]
+        """Write k, v (B, H, T, D) at their positions; return all keys and values (B, H, S, D), without gradient."""
+        self.keys[self.rows, :, self.positions] = rearrange(k.detach(), "B H T D -> B T H D").to(self.keys.dtype)
+        self.values[self.rows, :, self.positions] = rearrange(v.detach(), "B H T D -> B T H D").to(self.keys.dtype)
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
 
 def forward_flops(config: GPTConfig, tokens: int = 1, supervised: int | None = None, T: int | None = None) -> int:

@@ -118,3 +118,11 @@ def shown(names: list) -> str:
     """Names out of a file, as part of one line."""
     text = ", ".join(" ".join(str(name).split())[:30] for name in names[:8])
     return text + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def print_left_out(problems: list[str]) -> None:
+    """Say on standard error which records of a file are of no use: the first five, each with its reason, and how many."""
+    for problem in problems[:5]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"left out {len(problems)} records in all", file=sys.stderr)

@@ -135,7 +135,7 @@ def check_memory(model: GPT, optimizer, batch_size: int, tokens: int, masked: bo
 
     For a CPU, where the kernel kills what takes too much; a GPU says so itself, in `rehearse`.
     """
-    device = model.wte.weight.device
+    device = model.wpe.weight.device
     limit, needs = ROOM * memory_of_machine(), memory_needed(model, optimizer, tokens, masked, dtype)
     if needs(batch_size) <= limit:
         return int(needs(batch_size))
@@ -192,7 +192,7 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
 
 def kept_for_backward(model: GPT, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that a forward pass of rows of `tokens` tokens keeps for its backward pass, beside the weights."""
-    device, weights = model.wte.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    device, weights = model.wpe.weight.device, {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}  # of each storage, by its address: several tensors may share one
 
     def note(x: torch.Tensor) -> torch.Tensor:

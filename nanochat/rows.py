@@ -52,10 +52,12 @@ class Rows:
 
     @property
     def supervised_tokens(self) -> int:
+        """Targets that are learned."""
         return sum(sum(window.supervised) for row in self.rows for window in row)
 
     @property
     def input_tokens(self) -> int:
+        """Inputs, without padding."""
         return sum(len(window.ids) - 1 for row in self.rows for window in row)
 
     def batch(self, indices: Sequence[int]) -> Batch:

@@ -29,11 +29,11 @@ from nanochat.checkpoint import (
     ADAPTER,
     SUMS,
     followed,
+    one_line,
     read_config,
     read_tensors,
     read_tokenizer,
     sha256_of,
-    shortened,
     verify,
     write,
     write_hugging_face,
@@ -192,6 +192,7 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
         "results": results,
         "settings": settings,
         "template": TEMPLATE_NAME if tokenizer.chat_template else None,
+        "system": tokenizer.system or None,
         "tokenizer_hash": tokenizer.hash,
         "versions": {"nanochat": __version__, "torch": torch.__version__},
     }
@@ -210,7 +211,7 @@ def save(out: Path, step: int, model: GPT, tokenizer: Tokenizer, *, settings: di
     except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.__context__ if isinstance(error.__context__, OSError) else error  # what torch.save met
-        raise InputError(f"step {step} cannot be saved in {out} ({shortened(str(reason))}); earlier ones are whole") from None
+        raise InputError(f"step {step} cannot be saved in {out} ({one_line(str(reason))}); earlier ones are whole") from None
     if final.exists():  # the same step saved again, by a run that repeats it
         os.replace(final, out / f".tmp-old-{final.name}")
     os.replace(temporary, final)

@@ -71,11 +71,13 @@ class Classify:
         return model
 
     def rows(self, examples: list[Labelled], model: GPTClassifier, tokenizer: Tokenizer, block_size: int) -> Rows:
+        """What is learned, or scored; InputError for a label that the model does not know."""
         if unknown := sorted({label for _, label in examples} - set(model.labels)):
             raise InputError(f"no training text has the labels {records.shown(unknown)} of some others: give each more texts, or leave them out")
         return classifier.to_rows(examples, model.labels, tokenizer, block_size)
 
     def text(self, example: Labelled) -> str:
+        """What makes two examples duplicates: the text without its label."""
         return example[0]
 
     def ask(self, model: GPTClassifier, tokenizer: Tokenizer, examples: list[Labelled]) -> dict[str, str]:
@@ -86,12 +88,15 @@ class Classify:
         return {preview.shortened(text): f"{model.labels[int(p.argmax())]} {p.max():.0%} (it is {label})" for (text, label), p in zip(first, found)}
 
     def measure(self, model: GPTClassifier, tokenizer: Tokenizer, examples: list[Labelled], rows: Rows, batch_size: int) -> dict:
+        """All that report.md says of a model on held-out examples."""
         return evaluate.measure_classifier(model, examples, rows, batch_size)
 
     def headline(self, result: dict) -> str:
+        """The measure of success, in a few words."""
         return f"accuracy {result['accuracy']:.3f}, macro F1 {result['macro_f1']:.3f}"
 
     def details(self, result: dict) -> str:
+        """A line more about a result."""
         return f"the accuracy of always saying the commonest label: {result['majority']:.3f}"
 
 

@@ -68,6 +68,7 @@ class Tokenizer:
 
     boundary = END_OF_TEXT  # begins every row and ends every document
     unknown: str | None = None  # bytes leave nothing unknown
+    system = ""  # the system text that a chat begins with if nobody names another; kept in nanochat.json
 
     def __init__(self, merges: Sequence[tuple[bytes, bytes]], control: Sequence[str] = (END_OF_TEXT,),
                  chat_template: str | None = None):
@@ -88,6 +89,7 @@ class Tokenizer:
 
     @property
     def end_of_text(self) -> int:
+        """The id of `boundary`."""
         return self.control[self.boundary]
 
     @property

@@ -8,8 +8,8 @@ fine-tuning run this same loop: what differs comes in as values (a model, exampl
 Under torchrun the processes share the micro-steps of a step, and DistributedDataParallel averages
 their gradients: the settings say what a step is, the number of processes only how long it takes.
 
-A resumed run is the run that it would have been: a checkpoint holds all that a step depends on,
-and the order of the examples is a function of one counter.
+A resumed run is the run that it would have been: a checkpoint holds all that a step depends on
+(resume.py), and the order of the examples is a function of one counter.
 
 Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon;
 linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018; MFU, the share of the
@@ -20,12 +20,11 @@ from __future__ import annotations  # train() stands above the settings that it 
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -36,7 +35,8 @@ from tqdm import tqdm
 from nanochat import InputError, processes, rehearsal, runs, runtime
 from nanochat.metrics import MetricsLog, draw_losses
 from nanochat.model import GPT, IGNORED, Batch, forward_flops
-from nanochat.runtime import autocast, rng_state, set_rng_state
+from nanochat.resume import Progress, restore, settings_to_resume, snapshot, take_up
+from nanochat.runtime import autocast
 from nanochat.tokenizer import Tokenizer
 
 
@@ -136,7 +136,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
     return progress
 
 
-# ------------------------------------------------------------------ settings and state
+# ------------------------------------------------------------------ settings and data
 
 
 @dataclass
@@ -229,20 +229,24 @@ class Examples(Protocol):
     def batch(self, indices: list[int]) -> Batch: ...
 
 
-@dataclass
-class Progress:
-    """Where a run is; saved in every checkpoint."""
-
-    max_steps: int  # decided once, before the first step
-    step: int = 0  # optimizer steps taken
-    examples: int = 0  # examples consumed: the whole data position
-    best_loss: float = math.inf  # lowest validation loss
-    evaluations_since_best: int = 0
-    skipped_in_a_row: int = 0  # fp16 steps whose gradient overflowed
-    seconds: float = 0.0  # of training, without evaluations and saves
-
-
 # ------------------------------------------------------------------ before the first step
+
+
+def set_up(settings, parse: Callable, minutes: float) -> tuple:
+    """How both scripts begin: look at the run folder, complete the settings, choose device and precision.
+
+    → (settings, the step folder and the state to resume from or None twice, device, dtype). settings: the dataclass of
+    a script, as parse() gave it; minutes: the length of a run that names none.
+    """
+    step, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
+    if state:
+        settings = settings_to_resume(settings, state, parse)
+    config = settings.training = settings.training.completed(minutes)
+    torch.manual_seed(config.seed)
+    runtime.keep_freed_memory()
+    device = runtime.pick_device(config.device)
+    dtype = processes.from_rank_0(lambda: runtime.pick_dtype(state["conditions"]["dtype"] if state else config.dtype, device))
+    return settings, step, state, device, dtype
 
 
 def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, held_out: str, config: TrainConfig, out: Path,
@@ -252,7 +256,7 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
     conditions: all that must be equal for a resumed run to be the same run. The report is printed
     and, unless it is resumed, an earlier run in `out` deleted: now that all is ready.
     """
-    device, micro_steps = model.wte.weight.device, config.accumulate // processes.world_size()
+    device, micro_steps = model.wpe.weight.device, config.accumulate // processes.world_size()
     disk = rehearsal.checkpoint_bytes(model, optimizer)
     rehearsal.check_disk(out, disk, config.keep, rehearsal.base_bytes(model))
     memory = 0
@@ -456,120 +460,11 @@ class MuonAndAdamW:
         self.param_groups = [group for part in parts for group in part.param_groups]
 
     def step(self) -> None:
+        """One update by each."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of all parameters."""
         for part in self.parts:
             part.zero_grad(set_to_none)
-
-
-# ------------------------------------------------------------------ state of a run
-
-
-def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> dict:
-    """All that a run needs, beside its weights, to go on as if it had never stopped."""
-    name_of = {p: name for name, p in model.named_parameters()}
-    parts = getattr(optimizer, "parts", [optimizer])
-    return {
-        "progress": asdict(progress),
-        "record": record,  # its line of metrics.jsonl, which is written after the checkpoint
-        "optimizer": {name_of[p]: dict(state) for part in parts for p, state in part.state.items()},
-        "scaler": scaler.state_dict(),
-        "rng": processes.from_all_ranks(rng_state(model.wte.weight.device)),
-    }
-
-
-def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> tuple[Progress, dict]:
-    """Put a snapshot back: into the optimizer, scaler and generators; → (progress, record)."""
-    name_of = {p: name for name, p in model.named_parameters()}
-    for part in getattr(optimizer, "parts", [optimizer]):
-        for group in part.param_groups:
-            for p in group["params"]:
-                saved = state["optimizer"].get(name_of[p], {})
-                if any(value.shape not in (p.shape, ()) for value in saved.values()) or not saved:
-                    raise InputError(f"--resume: the optimizer's state of {name_of[p]} is missing or of another shape")
-                part.state[p] = {key: value.to(p.device) for key, value in saved.items()}
-    if scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    rank, progress = processes.rank(), Progress(**state["progress"])
-    if rank < len(state["rng"]):
-        set_rng_state(state["rng"][rank], model.wte.weight.device)
-    else:  # this process was not there
-        torch.manual_seed(1_000_003 * progress.step + rank)
-    return progress, state["record"]
-
-
-def take_up(saved: dict, device: torch.device, texts: str) -> None:
-    """Meet the conditions under which a run was saved, as far as this machine can; say what differs."""
-    if texts != saved["texts"]:
-        raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "
-                         "--init goes on with other data")
-    if saved["processes"] == processes.world_size():  # else it cannot be the same bit for bit
-        torch.set_num_threads(min(saved["threads"], os.cpu_count() or 1))
-    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes.world_size()}
-    for name, value in here.items():
-        there = saved[name].split(":")[0] if name == "device" else saved[name]
-        if value != there:
-            print(f"note: the run was on {there} {name}, now {value}: equal but for rounding and dropout's draws", file=sys.stderr)
-
-
-def set_up(settings, parse: Callable, minutes: float) -> tuple:
-    """How both scripts begin: look at the run folder, complete the settings, choose device and precision.
-
-    → (settings, the step folder and the state to resume from or None twice, device, dtype). settings: the dataclass of
-    a script, as parse() gave it; minutes: the length of a run that names none.
-    """
-    step, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
-    if state:
-        settings = settings_to_resume(settings, state, parse)
-    config = settings.training = settings.training.completed(minutes)
-    torch.manual_seed(config.seed)
-    runtime.keep_freed_memory()
-    device = runtime.pick_device(config.device)
-    dtype = processes.from_rank_0(lambda: runtime.pick_dtype(state["conditions"]["dtype"] if state else config.dtype, device))
-    return settings, step, state, device, dtype
-
-
-# What may change on --resume: nothing here touches the weights of any step.
-FREE = {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch", "recompute"}
-
-
-def settings_to_resume(settings, resume: dict, parse: Callable):
-    """The settings with which the run began, and what this command line may change of them.
-
-    settings: the dataclass of a script, as parsed; resume: the state of a checkpoint;
-    parse(default=…) parses the command line again over other defaults. InputError names each flag
-    that would make it another run.
-    """
-    try:  # flags stand at False here: a default of True would change their names
-        saved = resume["conditions"]["settings"]
-        resume["conditions"]["processes"]  # versions before did not note it
-        began = from_plain(settings, saved | {"out": settings.out, "resume": False, "overwrite": False})
-        began.training.recompute = False
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
-                         "--init goes on from its weights") from None
-    now = parse(default=began)
-    now.training.recompute |= saved["training"]["recompute"]
-    before, after = (flat(asdict(s)) for s in (began, now))
-    changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
-               for name in after if name not in FREE and after[name] != before[name]]
-    if changed:
-        raise InputError(f"--resume: {', '.join(changed)} would make it another run; leave it out, or start one with --init")
-    return now
-
-
-def from_plain(like, values: dict):
-    """A dataclass like the one given, of the values that a JSON file kept; TypeError for another set of names."""
-    built = {
-        name: from_plain(getattr(like, name), value) if is_dataclass(getattr(like, name))
-        else tuple(value) if isinstance(getattr(like, name), tuple) else value
-        for name, value in values.items()
-    }
-    return type(like)(**built)
-
-
-def flat(values: dict) -> dict:
-    """The entries of a dict, and in place of each dict in it that one's entries: names as on the command line."""
-    return {key: item for name, value in values.items() for key, item in (flat(value) if isinstance(value, dict) else {name: value}).items()}

@@ -15,11 +15,10 @@ of the held-out pairs; the perplexity of their chosen replies, 113.5 ± 1.2 befo
 Sources: Rafailov et al. 2023 (direct preference optimization), equation 7; Chen et al. 2024 (self-play) for made pairs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 from trial import Result, Trial, compare, run
@@ -32,8 +31,11 @@ from nanochat.tokenizer import Tokenizer
 
 Pair = tuple[formats.Conversation, str, str]  # what was said, the chosen reply, the rejected one
 
+
 @dataclass
 class Settings(Trial):
+    """Flags of this recipe, after those of every trial."""
+
     pairs: Path | None = None
     """a file of {"prompt", "chosen", "rejected"} records, each a text or messages, as trl takes them"""
     beta: float = 0.1
@@ -49,21 +51,20 @@ class Settings(Trial):
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """ln p of whole replies, of policy and reference, (B,) each → (loss, margin), (B,): test_dpo_loss_is_that_of_trl."""
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-    return -F.logsigmoid(margin), margin
+    return -torch.nn.functional.logsigmoid(margin), margin
 
 
 def made_pairs(model: GPT, tokenizer: Tokenizer, conversations: list[formats.Conversation]) -> list[Pair]:
     """Of each conversation what leads to its last reply, that reply, and one that the model makes up."""
     cut = [c[: 1 + max(i for i, message in enumerate(c) if message["role"] == "assistant")] for c in conversations]
     prompts = [dialogue.render_prompt(c[:-1], tokenizer)[-model.config.block_size // 2 :] for c in cut]
-    sampling = SampleConfig(max_new_tokens=48, temperature=1.0, top_p=1.0)
     said = [ids for start in trange(0, len(prompts), 32, desc="replying", unit="batch") for ids in generate_ids(
-        model, prompts[start : start + 32], replace(sampling, seed=start), tokenizer.control.values())[0]]
+        model, prompts[start : start + 32], SampleConfig(max_new_tokens=48, temperature=1.0, top_p=1.0, seed=start), tokenizer.control.values())[0]]
     return [(c[:-1], c[-1]["content"], tokenizer.decode(ids)) for c, ids in zip(cut, said)]
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The records of a file."""
+    """The pairs of a file, in its order; InputError names the first line that is none."""
     pairs = []
     for line, record in records.read(path):
         try:
@@ -92,7 +93,7 @@ def to_rows(pairs: list[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[R
 
 def log_likelihoods(model: GPT, both: tuple[Rows, Rows], indices: list[int], dtype: torch.dtype) -> list[Tensor]:
     """ln p of the chosen and of the rejected replies in the rows `indices`: two of (B,)."""
-    with runtime.autocast(device := model.wte.weight.device, dtype):
+    with runtime.autocast(device := model.wpe.weight.device, dtype):
         return [-model.nll(*rows.batch(indices).to(device)).sum(dim=1) for rows in both]
 
 
@@ -108,10 +109,8 @@ def optimise(model: GPT, both: tuple[Rows, Rows], trial: Settings, seed: int) ->
     optimizer, reference = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), of_all(model, both)
     for step in trange(trial.dpo_steps, desc="DPO", unit="step"):
         indices = training.example_order(step * trial.config.batch_size, trial.config.batch_size, len(both[0]), seed)
-        for group in optimizer.param_groups:
-            group["lr"] = trial.dpo_rate * training.learning_rate_factor(step, trial.dpo_steps, trial.dpo_steps // 10)
-        policy = log_likelihoods(model, both, indices, trial.dtype)
-        dpo_loss(*policy, *(values[indices] for values in reference), trial.beta)[0].mean().backward()
+        optimizer.param_groups[0]["lr"] = trial.dpo_rate * training.learning_rate_factor(step, trial.dpo_steps, trial.dpo_steps // 10)
+        dpo_loss(*log_likelihoods(model, both, indices, trial.dtype), *(values[indices] for values in reference), trial.beta)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), trial.config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -122,22 +121,23 @@ def main(trial: Settings) -> None:
     started = {}  # seed → the model, its tokenizer, training and held-out rows, and what it said of these before
 
     def measure(seed: int) -> Result:
+        """The margins of the held-out pairs, and the scores of their chosen replies."""
         model, tokenizer, _, test, reference = started[seed]
         margin = dpo_loss(*of_all(model, test), *reference, trial.beta)[1]
         return {"margin": margin.mean().item(), "margin above 0": (margin > 0).float().mean().item()} | trial.measure(model, tokenizer, test[0])
 
     def before(seed: int) -> Result:
+        """The model that can chat: --init or, if the pairs are to be made, its plain fine-tune."""
         model, tokenizer = trial.start(seed)
-        if trial.pairs:
-            pairs = splits.split(read_pairs(trial.pairs), (0.8, 0.2))
-        else:
+        if not trial.pairs:
             trial.fit(model, tokenizer, seed)
-            pairs = [made_pairs(model.eval(), tokenizer, part) for part in (trial.parts[0], trial.parts[2])]
+        pairs = splits.split(read_pairs(trial.pairs), (0.8, 0.2)) if trial.pairs else [made_pairs(model.eval(), tokenizer, trial.parts[i]) for i in (0, 2)]
         train, test = (to_rows(part[: trial.examples], tokenizer, trial.block_size) for part in pairs)
         started[seed] = model.eval(), tokenizer, train, test, of_all(model, test)
         return measure(seed)
 
     def after(seed: int) -> Result:
+        """The same model, once it has learned the preferences."""
         model, tokenizer, train = started[seed][:3]
         optimise(model, train, trial, seed)
         trial.keep(model, tokenizer)

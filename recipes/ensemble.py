@@ -51,6 +51,7 @@ def main(trial: Settings) -> None:
     found: dict[int, tuple[list[Tensor], list[str]]] = {}  # seed → its members' probabilities, the labels
 
     def judged(probabilities: Tensor, labels: list[str]) -> Result:
+        """The scores of probabilities (texts, labels) on the test texts."""
         truth = [labels.index(label) for _, label in trial.parts[2]]
         report = classifier.Report.of(labels, truth, probabilities.argmax(dim=-1).tolist())
         loss = -probabilities[range(len(truth)), truth].log().mean().item()
@@ -68,6 +69,7 @@ def main(trial: Settings) -> None:
         return {name: mean(result[name] for result in results) for name in results[0]}
 
     def together(seed: int) -> Result:
+        """The mean of the members' probabilities, after `alone` of the same seed."""
         members, labels = found[seed]
         return judged(averaged(members), labels)
 

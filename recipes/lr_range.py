@@ -52,7 +52,7 @@ class Settings(Trial):
 
 def sweep(model: GPT, rows: Rows, config: training.TrainConfig, low: float, high: float, steps: int, dtype: torch.dtype) -> Curve:
     """Train `model` (which is spoilt by it) at rates from low to high, or until the loss is half as high again as its lowest."""
-    optimizer, curve, device = training.build_optimizer(model, config), [], model.wte.weight.device
+    optimizer, curve, device = training.build_optimizer(model, config), [], model.wpe.weight.device
     model.train()
     for step in trange(steps, desc="rates", unit="step"):
         rate = low * (high / low) ** (step / (steps - 1))

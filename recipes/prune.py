@@ -16,6 +16,7 @@ Sources: Men et al. 2024 (ShortGPT: redundant layers); Sajjad et al. 2023 (dropp
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 from trial import Result, Trial, compare, run
 
@@ -43,12 +44,12 @@ def drop_block(model: GPT, layer: int) -> None:
     model.config = replace(model.config, n_layer=len(model.h))
 
 
-def losses_without(model: GPT, tokenizer: Tokenizer, rows: Rows, **options) -> list[float]:
+def losses_without(model: GPT, tokenizer: Tokenizer, rows: Rows, dtype: torch.dtype = torch.float32) -> list[float]:
     """The loss on `rows` without each of the blocks in turn."""
     blocks, losses = model.h, []
     for layer in range(len(blocks)):
         model.h = nn.ModuleList(block for i, block in enumerate(blocks) if i != layer)
-        losses.append(evaluate.score(model, tokenizer, rows.batches(32), **options)["loss"])
+        losses.append(evaluate.score(model, tokenizer, rows.batches(32), dtype)["loss"])
     model.h = blocks
     return losses
 
@@ -58,6 +59,7 @@ def main(trial: Settings) -> None:
     whole = {}  # seed → the weights of the whole network after its fine-tune
 
     def all_blocks(seed: int) -> Result:
+        """The fine-tune from which both others are cut; nothing is, so its scores stand in the lines "cut" too."""
         model, tokenizer = trial.start(seed)
         if not 0 < trial.drop < len(model.h):
             raise InputError(f"--drop is {trial.drop}, must be from 1 to {len(model.h) - 1}: the model has {len(model.h)} blocks")
@@ -67,12 +69,13 @@ def main(trial: Settings) -> None:
         return {f"{name}, cut": value for name, value in after.items()} | after
 
     def cut(seed: int, choose: bool) -> Result:
+        """Without --drop blocks, the last ones or the chosen ones: scores before the repair ("cut") and after it."""
         model, tokenizer = trial.start(seed)
         model.load_state_dict(whole[seed])
         for _ in range(trial.drop):
             layer = len(model.h) - 1
             if choose:
-                losses = losses_without(model, tokenizer, trial.rows(trial.parts[1], model, tokenizer), dtype=trial.dtype)
+                losses = losses_without(model, tokenizer, trial.rows(trial.parts[1], model, tokenizer), trial.dtype)
                 layer = losses.index(min(losses))
                 print(f"loss without block 0, 1, …: {', '.join(f'{loss:.3f}' for loss in losses)}; dropping {layer}")
             drop_block(model, layer)

@@ -60,20 +60,24 @@ def main(trial: Settings) -> None:
     """Fine-tune without and with replay, and score both on dialogue and on held-out text."""
 
     def text(split: str, tokenizer: Tokenizer) -> Rows:
+        """All rows of a split of the corpus."""
         texts = (text for _, text in documents(trial.corpus / f"{split}.jsonl"))
         return evaluate.text_rows(texts, tokenizer, trial.block_size)
 
     def measure(model: GPT, tokenizer: Tokenizer) -> Result:
+        """The scores of dialogue, and those of about --text-rows rows of held-out text."""
         old = text("val", tokenizer)
         old.rows = old.rows[:: -(-len(old) // trial.text_rows)]  # spread over all of it
         return trial.measure(model, tokenizer) | {"bits per byte of text": evaluate.score(model, tokenizer, old.batches(32))["bits_per_byte"]}
 
     def fine_tuned(seed: int) -> Result:
+        """Without replay."""
         model, tokenizer = trial.start(seed)
         trial.fit(model, tokenizer, seed)
         return measure(model, tokenizer)
 
     def replayed(seed: int) -> Result:
+        """With --share old rows, and as many more steps as they fill."""
         model, tokenizer = trial.start(seed)
         rows = mixed(trial.rows(trial.parts[0], model, tokenizer), text("train", tokenizer), trial.share, seed)
         trial.fit(model, tokenizer, seed, rows, max_steps=round(trial.steps / (1 - trial.share)))

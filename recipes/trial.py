@@ -89,9 +89,9 @@ class Trial:
         """What is learned of the examples, or scored."""
         return self.learner.rows(examples, model, tokenizer, min(self.block_size, model.config.block_size))
 
-    def fit(self, model: GPT, tokenizer: Tokenizer, seed: int, rows: Rows | None = None, val: Rows | None = None, **changes) -> None:
-        """Train in place by the core's own loop, to the best validation step; rows, val: if not the ordinary ones."""
-        rows, val = rows or self.rows(self.parts[0], model, tokenizer), val or self.rows(self.parts[1], model, tokenizer)
+    def fit(self, model: GPT, tokenizer: Tokenizer, seed: int, rows: Rows | None = None, **changes) -> None:
+        """Train in place by the core's own loop, to the best validation step; rows: if not the ordinary ones; changes: as `arm`."""
+        rows, val = rows or self.rows(self.parts[0], model, tokenizer), self.rows(self.parts[1], model, tokenizer)
         best = {"loss": math.inf, "weights": {}}
 
         def evaluation() -> Result:

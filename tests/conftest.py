@@ -30,6 +30,7 @@ Boats carry grain, salt and letters; letters carry news, and news carries on unt
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    """Each test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
 
 

@@ -3,22 +3,19 @@
 import json
 import math
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
-from test_resume import FLAGS, Killed, killed
-from test_training import without_times
+from test_resume import FLAGS, Killed, assert_same_end, call_main, killed, save_base, tensors_of
 
-import finetune
-from nanochat import InputError, checkpoint, classifier, evaluate, runs, runtime, training
+from nanochat import InputError, checkpoint, classifier, evaluate, training
 from nanochat.classifier import Report, balanced, labels_of, probabilities, to_rows, with_label_head
 from nanochat.metrics import read_metrics
-from nanochat.model import GPT, IGNORED, GPTConfig
+from nanochat.model import IGNORED
 from nanochat.tasks import TASKS
 from nanochat.tokenizer import Tokenizer
 
@@ -267,9 +264,7 @@ def test_what_cannot_be_classes_is_refused(labels, said):
 def place(tmp_path_factory, tokenizer) -> Path:
     """A folder with a model to fine-tune and labelled texts: whether a text is about boats or about the mill."""
     place = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
-    runs.save(place / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+    save_base(place, tokenizer)
     about = {"船 | boats": "Boats carry {} to the sea.", "磨坊": "The mill grinds {} until the evening.", "neither $x$": "小河 {}"}
     lines = [f"{text.format(i)}\t{label}" for i in range(20) for label, text in about.items()]
     (place / "texts.tsv").write_text("\n".join(["text\tlabel", *lines, "\tno text"]) + "\n", encoding="utf-8")
@@ -279,17 +274,8 @@ def place(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture
 def start(place, monkeypatch):
     """start(…flags): finetune.py's main() in this process, in fp32."""
-
-    def start(*flags) -> None:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        monkeypatch.setattr(runtime, "bf16_speedup", lambda: 0.1)
-        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
-        monkeypatch.setattr(training, "draw_losses", lambda log, picture: None)  # half a second
-        torch.manual_seed(99)
-        finetune.main()
-
     monkeypatch.chdir(place)
-    return start
+    return partial(call_main, monkeypatch, "finetune.py", speedup=0.1)
 
 
 TASK = ["--data", "texts.tsv", "--val-data", "texts.tsv", "--init", "base", "--task", "classify", *FLAGS, "--balance"]
@@ -330,11 +316,9 @@ def test_a_killed_run_resumes_to_the_same_end(method, place, start, tmp_path, mo
         killed(dying, training, "learning_rate_factor", lambda step, *_: step == 5)
         start(*TASK, *method, "--out", tmp_path / "cut")
     start("--resume", "--out", tmp_path / "cut")
-    logs = [without_times(read_metrics(tmp_path / out / "metrics.jsonl")) for out in ("whole", "cut")]
-    assert logs[0] == logs[1] and len(logs[0]) == 8
-    file = "adapter_model.safetensors" if method else "model.safetensors"
-    ours, theirs = (load_file(tmp_path / out / "last" / file) for out in ("whole", "cut"))
-    assert all(torch.equal(w, theirs[name]) for name, w in ours.items()) and any("score" in name for name in ours)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == 8
+    assert any("score" in name for name in tensors_of(tmp_path / "cut" / "last"))
 
 
 def test_a_chat_does_not_start_from_a_classifier_and_balance_is_for_labels(whole, place, start, tmp_path):

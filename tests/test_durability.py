@@ -22,8 +22,9 @@ import torch
 from nanochat import InputError, checkpoint, runs, training
 from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
+from nanochat.resume import Progress, restore, snapshot
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Progress, TrainConfig
+from nanochat.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SEED = int(os.environ.get("SEED", "0"))
@@ -588,7 +589,7 @@ def trained(out: Path, tokenizer: Tokenizer, n_embd: int, seed: int) -> Run:
         optimizer.zero_grad()
         progress.step = step
         if step % 2 == 0:
-            run.states[step] = training.snapshot(progress, {"step": step, "loss": 4.0}, model, optimizer, scaler) | {"conditions": {}}
+            run.states[step] = snapshot(progress, {"step": step, "loss": 4.0}, model, optimizer, scaler) | {"conditions": {}}
             runs.save(out, step, model, tokenizer, settings={}, results={"loss": 4.0}, resume=run.states[step])
             runs.add_results(out, step, {"val_loss": 3.0}, best=step == 2)
             run.weights[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -702,9 +703,9 @@ def judged(run: Run, out: Path, sums: bool = True) -> str:
     assert loaded(folder) and loaded(out / "last") and (forgotten or loaded(out / "best"))
     model, _ = checkpoint.load(folder)
     optimizer, scaler = training.build_optimizer(model, TrainConfig(optimizer="muon")), torch.amp.GradScaler("cpu", enabled=False)
-    progress, record = training.restore(state, model, optimizer, scaler)
+    progress, record = restore(state, model, optimizer, scaler)
     assert (progress.step, record) == (step, {"step": step, "loss": 4.0})
-    assert same(training.snapshot(progress, record, model, optimizer, scaler)["optimizer"], expected["optimizer"])
+    assert same(snapshot(progress, record, model, optimizer, scaler)["optimizer"], expected["optimizer"])
     if step == 2:
         return "fell back"
     return "harmless" if all(every) and not forgotten else "refused"

@@ -1,18 +1,16 @@
 """formats: whatever form a user's conversations have, they are read, or one line says what to do."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
+from test_resume import call_main, save_base
 
 import finetune
-from nanochat import InputError, formats, runs, runtime, training
+from nanochat import InputError, formats, runtime
 from nanochat.dialogue import to_rows
 from nanochat.formats import Conversation, normalise
-from nanochat.model import GPT, GPTConfig
 
 PAIR = [{"role": "user", "content": "你好 🙂"}, {"role": "assistant", "content": 'Hello, "you"!'}]
 WITH_SYSTEM = [{"role": "system", "content": "Be kind."}, *PAIR]
@@ -181,16 +179,10 @@ def start(tmp_path, monkeypatch, tokenizer):
     def start(content: str | bytes, *flags, name: str = "data.jsonl") -> None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         short = ["--max-steps", 2, "--batch-size", 2, "--init", "base", "--out", "out"]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", "--data", name, *map(str, [*short, *flags])])
-        finetune.main()
+        call_main(monkeypatch, "finetune.py", "--data", name, *short, *flags, speedup=0.1)
 
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16)
-    runs.save(tmp_path / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+    save_base(tmp_path, tokenizer)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runtime, "bf16_speedup", lambda: 0.1)
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
-    monkeypatch.setattr(training, "draw_losses", lambda log, picture: None)  # half a second
     monkeypatch.setattr(finetune.report, "draw_lengths", lambda *_: None)
     return start
 

@@ -103,7 +103,7 @@ def test_a_reader_gives_the_logits_of_any_texts_and_reads_no_id_twice(make_model
     monkeypatch.setattr(model, "features", lambda tokens, **kwargs: read.append(tokens.tolist()) or features(tokens, **kwargs))
     a, b = prompt_of(6), prompt_of(9, seed=1)
     reader = generate.Reader(model, 3)
-    for texts, expected in [
+    for asked, expected in [
         ([a, b], [[a[:5]], [b[:8]], [[a[5]], [b[8]]]]),  # each all but its last, then those side by side
         ([a + [1], b + [2]], [[[1], [2]]]),
         ([a + [1]], [[[1]]]),  # the same again: its last is read for the logits
@@ -112,10 +112,10 @@ def test_a_reader_gives_the_logits_of_any_texts_and_reads_no_id_twice(make_model
         ([a, b, a], None),
     ]:
         read.clear()
-        logits = reader.logits(texts)
+        logits = reader.logits(asked)
         if expected and None not in expected:
             assert [sorted(r) for r in read] == [sorted(r if isinstance(r[0], list) else [r]) for r in expected]
-        plain = torch.cat([model(torch.tensor([text]))[:, -1] for text in texts])
+        plain = torch.cat([model(torch.tensor([text]))[:, -1] for text in asked])
         torch.testing.assert_close(logits, plain, rtol=1e-9, atol=1e-9)
     read.clear()
     reader.read(1, b + [3, 4])
@@ -720,14 +720,14 @@ def test_distinct_n_and_repetition_of_replies_are_those_counted_by_hand():
 
 def test_a_chat_of_60_turns_drops_whole_oldest_turns_and_keeps_the_system_text(tokenizer, make_model, monkeypatch):
     model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
-    prompts, seeds, stream = [], [], generate.stream
+    prompts, seeds, decode = [], [], generate.generate
 
-    def spy(model, tokenizer, prompt, config):
-        prompts.append(prompt)
+    def spy(model, asked, config, *rest):
+        prompts.extend(asked)
         seeds.append(config.seed)
-        return stream(model, tokenizer, prompt, config)
+        return decode(model, asked, config, *rest)
 
-    monkeypatch.setattr(generate, "stream", spy)
+    monkeypatch.setattr(generate, "generate", spy)
     chat = Chat(model, tokenizer, SampleConfig(max_new_tokens=12), system="Be kind.")
     drops = []
     for turn in range(60):

@@ -3,17 +3,16 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_resume import Killed, flags_of, killed
-from test_training import without_times
+from test_resume import Killed, assert_same_end, call_main, flags_of, killed, save_base
 
-import finetune
 import sample
-from nanochat import InputError, checkpoint, lora, runs, runtime, training
+from nanochat import InputError, checkpoint, lora, runs, training
 from nanochat.classifier import with_label_head
 from nanochat.generate import Chat, SampleConfig
 from nanochat.lora import LINEARS, LoRAConfig, add_lora, freeze, is_adapted, plain_state
@@ -446,9 +445,7 @@ def test_gpt2s_rows_grow_by_the_chat_tokens_and_the_base_beside_the_adapter_has_
 def place(tmp_path_factory, tokenizer) -> Path:
     """A folder with a model to fine-tune and dialogues."""
     place = tmp_path_factory.mktemp("lora")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
-    runs.save(place / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+    save_base(place, tokenizer)
     shutil.copy(ROOT / "data" / "samples" / "dialogues.jsonl", place)
     return place
 
@@ -456,19 +453,8 @@ def place(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture
 def start(place, monkeypatch):
     """start(…flags): finetune.py's main() in this process, in fp32."""
-
-    def start(*flags) -> None:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        monkeypatch.setattr(runtime, "bf16_speedup", lambda: 0.1)
-        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
-        for module in (training, finetune.report):
-            for name in ("draw_losses", "draw_lengths"):
-                monkeypatch.setattr(module, name, lambda *_: None, raising=False)  # half a second
-        torch.manual_seed(99)
-        finetune.main()
-
     monkeypatch.chdir(place)
-    return start
+    return partial(call_main, monkeypatch, "finetune.py", speedup=0.1)
 
 
 METHODS = {
@@ -491,24 +477,14 @@ def whole(place, start):
     return whole
 
 
-def tensors_of(step: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(path for path in step.resolve().iterdir() if path.name in ("adapter_model.safetensors", "model.safetensors")))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_same_end(method, start, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as dying, pytest.raises(Killed):
         killed(dying, training, "learning_rate_factor", lambda step, *_: step == 5)
         start(*flags_of("finetune.py"), *METHODS[method], "--out", tmp_path / "cut")
     start("--resume", "--out", tmp_path / "cut")
-    one, other = whole(method), tmp_path / "cut"
-    logs = [without_times(read_metrics(out / "metrics.jsonl")) for out in (one, other)]
-    assert logs[0] == logs[1] and len(logs[0]) == 8
-    for pointer in ("best", "last"):
-        here, there = (checkpoint.followed(out / pointer) for out in (one, other))
-        ours, theirs = tensors_of(here), tensors_of(there)
-        assert here.name == there.name and ours.keys() == theirs.keys()
-        assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
+    assert_same_end(whole(method), tmp_path / "cut")
+    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == 8
 
 
 def test_a_run_with_additions_leaves_small_steps_and_a_base(whole, place):

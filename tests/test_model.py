@@ -33,7 +33,7 @@ def test_fused_attention_equals_the_formula(kind):
     T = {"one new token": 1, "chunk": 3, "rows of their own length": 3}.get(kind, 7)
     q = torch.randn(2, 3, T, 5, dtype=torch.float64)
     k, v = torch.randn(2, 2, 3, max(past) + T, 5, dtype=torch.float64)
-    mask = model.KVCache(k, torch.tensor(past)).advance(T)[1]
+    mask = model.KVCache(k, v, torch.tensor(past)).advance(T)[1]
     assert (mask is None) == (kind in ("causal", "segments", "one new token"))
     if kind == "segments":
         mask = model.visible(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 1]]))

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_resume import call_main, save_base
 
-import finetune
-from nanochat import InputError, classifier, dialogue, preview, runs, runtime
+from nanochat import InputError, classifier, dialogue, preview
 from nanochat.model import GPT, GPTConfig
 from nanochat.rows import Window
 from nanochat.tasks import TASKS
@@ -101,14 +100,11 @@ def show(tmp_path, monkeypatch, tokenizer, capsys):
 
     def show(content: str, *flags, name: str = "data.jsonl") -> str:
         (tmp_path / name).write_text(content, encoding="utf-8")
-        monkeypatch.setattr(sys, "argv", ["finetune.py", "--show-batch", "--data", name, "--val-data", name, "--init", "base", *map(str, flags)])
-        finetune.main()
+        call_main(monkeypatch, "finetune.py", "--show-batch", "--data", name, "--val-data", name, "--init", "base", *flags, speedup=0.1)
         return capsys.readouterr().out
 
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16)
-    runs.save(tmp_path / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+    save_base(tmp_path, tokenizer)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
     return show
 
 

@@ -16,7 +16,7 @@ from nanochat.rows import Rows, Window
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PAGES = sorted(path.stem for path in RECIPES.glob("*.py"))
-NAMES = [name for name in PAGES if name != "trial"]
+NAMES = [name for name in PAGES if name not in ("trial", "speculative")]  # the first is what they share; the second trains nothing
 sys.path.insert(0, str(RECIPES))
 
 PAIRS = [

@@ -27,6 +27,7 @@ from nanochat import InputError, checkpoint, corpus, dialogue, processes, rehear
 from nanochat.lora import LoRAConfig
 from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
+from nanochat.resume import FREE
 from nanochat.runtime import Stopped
 from nanochat.training import TrainConfig
 
@@ -54,13 +55,18 @@ def killed(monkeypatch, owner, name: str, when) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
+def save_base(place: Path, tokenizer) -> None:
+    """A model to fine-tune, place/base."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
+    runs.save(place / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer) -> Path:
     """A folder with a model to fine-tune and the data of both scripts."""
     place = tmp_path_factory.mktemp("resume")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
-    runs.save(place / "base", 1, GPT(GPTConfig(**sizes)), tokenizer, settings={}, results={})
+    save_base(place, tokenizer)
     for name in ("garden.txt", "dialogues.jsonl"):
         shutil.copy(SAMPLES / name, place)
     return place
@@ -74,18 +80,23 @@ def flags_of(name: str, *more) -> list[str]:
     return [*own, *FLAGS, *map(str, more)]
 
 
+def call_main(monkeypatch, name: str, *flags, speedup: float) -> None:
+    """main() of a script with these flags, in this process; speedup: of bf16, which is chosen above 1.2."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    monkeypatch.setattr(runtime, "bf16_speedup", lambda: speedup)
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
+    monkeypatch.setattr(training, "draw_losses", lambda log, picture: None)  # half a second
+    torch.manual_seed(99)
+    SCRIPTS[name].main()
+
+
 @pytest.fixture
 def start(place, monkeypatch, request):
     """start("train.py", …flags): main() of a script, as a new process on the same machine."""
 
     def start(name: str, *flags, speedup: float = 9.0, threads: int = 1) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-        monkeypatch.setattr(runtime, "bf16_speedup", lambda: speedup)
-        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # it would last
-        monkeypatch.setattr(training, "draw_losses", lambda log, picture: None)  # half a second
         torch.set_num_threads(threads)
-        torch.manual_seed(99)
-        SCRIPTS[name].main()
+        call_main(monkeypatch, name, *flags, speedup=speedup)
 
     monkeypatch.chdir(place)
     request.addfinalizer(lambda: torch.set_num_threads(1))
@@ -110,6 +121,11 @@ def whole(place, start):
     return whole
 
 
+def tensors_of(step: Path) -> dict[str, torch.Tensor]:
+    """The weights of a step, or its adapter's."""
+    return load_file(next(path for path in step.iterdir() if path.name in ("adapter_model.safetensors", "model.safetensors")))
+
+
 def assert_same_end(one: Path, other: Path) -> None:
     """Two run folders hold the same checkpoints, bit for bit, and the same log, but for its times."""
     assert without_times(read_metrics(one / "metrics.jsonl")) == without_times(read_metrics(other / "metrics.jsonl"))
@@ -118,7 +134,8 @@ def assert_same_end(one: Path, other: Path) -> None:
     for pointer in ("best", "last"):
         here, there = (checkpoint.followed(out / pointer) for out in (one, other))
         assert here.name == there.name
-        weights = [load_file(step / "model.safetensors") for step in (here, there)]
+        weights = [tensors_of(step) for step in (here, there)]
+        assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
         results = [checkpoint.read_json(step / "nanochat.json")["results"] for step in (here, there)]
         assert without_times(results[:1]) == without_times(results[1:])
@@ -293,7 +310,7 @@ OTHER = {  # another value for every setting
     "batch_size": "4", "accumulate": "3", "max_steps": "9", "max_minutes": "3", "epochs": "2", "optimizer": "adamw",
     "learning_rate": "0.02", "eval_every": "5", "warmup_steps": "3", "weight_decay": "0.2", "clip": "2", "dtype": "float16", "compile": "no",
     "seed": "7", "preset": "gpt2", "beta2": "0.95", "task": "classify", "method": "lora", "learn": "1", "balance": True,
-    "rank": "4", "alpha": "3", "lora_dropout": "0.5", "targets": "mlp.c_fc",
+    "rank": "4", "alpha": "3", "lora_dropout": "0.5", "targets": "mlp.c_fc", "system": "Hello",
 }
 
 
@@ -304,8 +321,8 @@ def test_every_setting_is_free_on_resume_or_refused_by_name(name, interrupted, s
     before = files_in(out)
     owners = (SCRIPTS[name].Settings, TrainConfig, *([LoRAConfig] if name == "finetune.py" else []))
     settings = {field.name for owner in owners for field in fields(owner)} - {"training", "lora"}
-    assert training.FREE == {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch", "recompute"}
-    for setting in sorted(settings - training.FREE):
+    assert FREE == {"resume", "overwrite", "out", "device", "keep", "save_every", "patience", "show_batch", "recompute"}
+    for setting in sorted(settings - FREE):
         flag, value = f"--{setting.replace('_', '-')}", OTHER[setting]
         if (name, setting) == ("finetune.py", "optimizer"):
             value = "muon"

@@ -5,10 +5,9 @@ import json
 import os
 import re
 import runpy
-import select
+import shutil
 import subprocess
 import sys
-import time
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -22,7 +21,7 @@ import finetune
 import sample as sample_script
 import train
 from nanochat import checkpoint, generate, runs, runtime
-from nanochat.dialogue import render_prompt
+from nanochat.dialogue import render_prompt, shared_system, with_system
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -180,6 +179,14 @@ def test_every_stop_string_counts_however_often_the_flag_is_given(sample):
     assert sample(*flags, "--stop", "b", "--stop", "aaaaaaaaaa") == (0, "a" * 9 + "\n", "")
 
 
+def test_a_start_reads_neither_the_compiler_nor_the_line_editor(saved):
+    """They take 1.3 s and 0.2 s."""
+    code = "import runpy, sys; runpy.run_path('sample.py', run_name='__main__'); print({'torch._dynamo', 'prompt_toolkit'} & set(sys.modules))"
+    flags = ["--checkpoint", str(saved / "chat"), "--max-new-tokens", "2", "--prompt", "a"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "aa\nset()\n"), done
+
+
 # the chat
 
 
@@ -230,64 +237,6 @@ def test_a_chat_without_an_input_is_refused(sample, monkeypatch):
     assert (code, out) == (2, "") and err == "error: --prompt is missing, and there is no standard input to chat through\n"
 
 
-class Terminal:
-    """sample.py in a terminal of its own, whose keys are pressed by `type`."""
-
-    def __init__(self, folder: Path, *flags: str):
-        pty = pytest.importorskip("pty", reason="no terminals of this kind here")
-        self.process, self.master = pty.fork()
-        if self.process == 0:
-            os.chdir(folder)
-            os.environ.update({"LC_ALL": "C", "PYTHONUTF8": "0", "TERM": "dumb", "OMP_NUM_THREADS": "1"})
-            os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *flags])
-        self.screen = b""
-
-    def until(self, text: str) -> None:
-        """Read until `text` comes."""
-        start, deadline = len(self.screen), time.monotonic() + 60
-        while text.encode() not in self.screen[start:]:
-            assert time.monotonic() < deadline, self.screen[-2000:]
-            if select.select([self.master], [], [], 1)[0]:
-                self.screen += os.read(self.master, 1 << 16)
-
-    def type(self, keys: str) -> None:
-        time.sleep(0.3)  # input() sees a Ctrl-C only once it reads, a moment after its prompt
-        os.write(self.master, keys.encode())
-
-    def code(self) -> int:
-        """Read to the end; → the exit code."""
-        try:
-            while data := os.read(self.master, 1 << 16):
-                self.screen += data
-        except OSError:  # how Linux ends a terminal
-            pass
-        os.close(self.master)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-
-
-def test_ctrl_c_ends_a_reply_and_then_the_chat(saved):
-    terminal = Terminal(saved, "--checkpoint", "chat", "--max-new-tokens", "100000000")
-    terminal.until("> ")
-    terminal.type("你好🙂\n")
-    terminal.until("aaa")
-    terminal.type("\x03")
-    terminal.until("\n> ")
-    terminal.type("Still there?\n")
-    terminal.until("aaa")
-    terminal.type("\x03")
-    terminal.until("\n> ")
-    terminal.type("\x03")
-    assert terminal.code() == 130
-    screen = terminal.screen.decode()
-    assert "> 你好🙂\r\n" in screen and screen.endswith("interrupted\r\n") and "Traceback" not in screen
-
-
-@pytest.mark.parametrize("typed", [b"Hi\n", b"Hi\n\nHow?\n"], ids=["Ctrl-D", "empty line"])
-def test_ctrl_d_or_an_empty_line_ends_the_chat(sample, monkeypatch, typed):
-    code, out, err = sample("--checkpoint", "chat", "--max-new-tokens", 2, stdin=typed, terminal=True)
-    assert (code, err) == (0, "") and re.fullmatch(r"Say something; .*\n> aa\n> \n?", out)
-
-
 def test_a_reader_that_has_enough_is_no_traceback(saved):
     read, write = os.pipe()
     os.close(read)  # as head does once it has its line
@@ -299,6 +248,69 @@ def test_a_reader_that_has_enough_is_no_traceback(saved):
     for process in running:
         stderr = process.communicate()[1].decode()
         assert "Traceback" not in stderr and "Exception" not in stderr and len(stderr.splitlines()) <= 1, stderr
+
+
+# the system text of a checkpoint
+
+
+@pytest.mark.parametrize(
+    "systems, kept",
+    [
+        ({"你是助手。": 4}, "你是助手。"),
+        ({"你是助手。": 3, "": 2}, "你是助手。"),
+        ({"你是助手。": 2, "": 2}, ""),
+        ({"": 3, "Be kind.": 2}, ""),
+        ({"Be kind.": 2, "Be odd.": 2, "": 1}, ""),
+        ({"Q" * 30: 4}, "Q" * 30),  # with its two control tokens, half of the block
+        ({"Q" * 31: 4}, ""),  # more is cut in training
+    ],
+)
+def test_the_shared_system_text_is_that_of_most_conversations(tokenizer, systems, kept):
+    hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    talks = [with_system([hello], text)[0] if text else hello for text, count in systems.items() for _ in range(count)]
+    assert shared_system(talks, tokenizer, 64) == kept
+
+
+@pytest.mark.parametrize(
+    "systems, flags, kept",
+    [
+        (["你是助手。"] * 25 + [""] * 15, [], "你是助手。"),
+        (["Be odd."] * 5 + [""] * 35, ["--system", "Be kind.", "--method", "lora"], "Be kind."),
+        (["Be kind."] * 18 + ["Be odd."] * 18 + [""] * 4, [], None),
+    ],
+    ids=["most", "the rest by a flag", "none"],
+)
+def test_the_system_text_of_most_training_conversations_begins_a_chat(
+    saved, sample, tmp_path, monkeypatch, capsys, tokenizer, systems, flags, kept
+):
+    data = tmp_path / "data.jsonl"
+    talks = [{"prompt": f"{i}: a", "completion": f"b {i}", "system": system} for i, system in enumerate(systems)]
+    data.write_text("\n".join(map(json.dumps, talks)), encoding="utf-8")
+    run = ["--init", saved / "base", "--data", data, "--out", tmp_path / "out", "--max-steps", 1, "--eval-every", 1, "--optimizer", "adamw"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, run), *flags])
+    finetune.main()
+    learned = []
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, *rest: learned.extend(prompts) or iter([]))
+    assert json.loads((tmp_path / "out" / "last" / "nanochat.json").read_text(encoding="utf-8"))["system"] == kept
+    checkpoint_tokenizer = checkpoint.load(tmp_path / "out")[1]
+    assert checkpoint_tokenizer.system == (kept or "")
+    monkeypatch.setattr(sys, "argv", ["checkpoint", str(tmp_path / "out"), str(tmp_path / "converted")])
+    checkpoint.main()
+    capsys.readouterr()
+    for folder in tmp_path / "out", tmp_path / "converted":
+        for given, system in ([], kept), (["--system", ""], None), (["--system", "Hi."], "Hi."):
+            talk = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Hello"}]
+            learned.clear()
+            assert sample("--checkpoint", folder, "--prompt", "Hello", *given)[0] == 0
+            assert sample("--checkpoint", folder, *given, stdin=b"Hello")[0] == 0
+            assert learned == [render_prompt(talk, checkpoint_tokenizer)] * 2
+
+
+def test_a_system_text_that_is_no_text_is_refused(saved, sample, tmp_path):
+    shutil.copytree(saved / "chat" / "last", tmp_path / "odd")
+    about = tmp_path / "odd" / "nanochat.json"
+    about.write_text(json.dumps(json.loads(about.read_text(encoding="utf-8")) | {"system": ["a"]}), encoding="utf-8")
+    assert sample("--checkpoint", tmp_path / "odd", "--prompt", "a") == (2, "", f"error: {about}: system is list, must be text\n")
 
 
 # the command lines of the three scripts

@@ -13,7 +13,8 @@ from conftest import product_speed
 from nanochat import InputError, checkpoint, processes, runs, runtime, training
 from nanochat.metrics import MetricsLog
 from nanochat.model import GPT, IGNORED, Batch, GPTConfig, forward_flops
-from nanochat.training import Progress, TrainConfig, build_optimizer, example_order, learning_rate_factor, train
+from nanochat.resume import Progress
+from nanochat.training import TrainConfig, build_optimizer, example_order, learning_rate_factor, train
 
 CPU = torch.device("cpu")
 BLOCK = 16
