@@ -69,10 +69,10 @@ def main() -> None:
         results[setting] = {}
         for name in names:
             beside = "nanochat-bf16" if name == "nanochat-int8" else f"hf-{name.split('-')[1]}"
-            ratio = median(a / b for a, b in zip(times.get(beside, times[name]), times[name]))
+            ratio = median(a / b for a, b in zip(times[beside], times[name])) if beside in times else None
             speed = median(batch * args.tokens / t for t in times[name])
-            results[setting][name] = {"tokens_per_second": round(speed, 1), "times": round(ratio, 2), "beside": beside}
-            print(f"  {name:<24}{speed:8.1f} tokens/s   {ratio:5.2f} times {beside}")
+            results[setting][name] = {"tokens_per_second": round(speed, 1), "times": ratio and round(ratio, 2), "beside": beside}
+            print(f"  {name:<24}{speed:8.1f} tokens/s" + (f"   {ratio:5.2f} times {beside}" if ratio else ""))
     record.save("decode", device, results)
     first = next(iter(results))
     record.bars("decode", device, f"Decoding, GPT-2 small, {first}", "tokens/s", {n: r["tokens_per_second"] for n, r in results[first].items()})

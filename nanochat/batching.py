@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat import InputError
 from nanochat.generate import Reader, SampleConfig, newest, next_token, shared_prefix
 from nanochat.model import GPT
 
@@ -76,7 +77,7 @@ class Batcher:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # job i has row i of the reader
         self.ready = 0  # the first so many have read their prompts, the others are about to
-        self.closing = False
+        self.closing = self.hurry = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.run, name="batcher", daemon=True)
         self.thread.start()
@@ -86,8 +87,8 @@ class Batcher:
         with self.changed:
             if self.closing:
                 raise Closed("the server is shutting down")
-            if len(self.waiting) + len(jobs) > self.most_waiting:
-                raise Full(f"{len(self.waiting)} requests are waiting already")
+            if len(self.running) + len(self.waiting) + len(jobs) > self.rows + self.most_waiting:
+                raise Full(f"{len(self.running) + len(self.waiting)} texts are being made or wait already")
             self.waiting.extend(jobs)
             self.changed.notify()
 
@@ -95,9 +96,7 @@ class Batcher:
         """Take no more jobs; finish those that are there, or end them with Closed. Returns when all have ended."""
         with self.changed:
             self.closing = True
-            if not finish:
-                for job in (*self.waiting, *self.running):
-                    job.deadline = -float("inf")
+            self.hurry = self.hurry or not finish
             self.changed.notify()
         self.thread.join()
 
@@ -108,24 +107,40 @@ class Batcher:
                 self.changed.wait_for(lambda: self.waiting or self.running or self.closing)
                 if not (self.waiting or self.running):
                     return
-                self.drop_unwanted()
-                while self.waiting and len(self.running) < self.rows:
-                    self.admit(self.waiting.popleft())
             try:
+                self.drop_unwanted()
+                self.admit()
                 self.read_prompt()
                 self.step()
             except Exception as error:  # such as out of memory: these texts are lost, the server is not
-                for row in reversed(range(len(self.running))):
-                    self.leave(row, error)
-                self.reader = Reader(self.model, self.rows)
+                for job in self.running:
+                    self.tell(job, error)
+                self.running, self.ready = [], 0
+                self.reader.forget()
 
-    def admit(self, job: Job) -> None:
-        """Give a job the free row that knows most of its prompt: a chat's next turn finds what was said before."""
-        row = len(self.running)
-        job.text = newest(job.text, self.model.config.block_size)
-        best = max(range(row, self.rows), key=lambda r: shared_prefix(self.reader.ids[r], job.text))
-        self.reader.swap(row, best)
-        self.running.append(job)
+    def tell(self, job: Job, item: Token | str | Exception) -> None:
+        """Send something, unless nobody listens any more."""
+        if not job.cancelled:
+            try:
+                job.send(item)
+            except Exception:  # whoever listened is gone
+                job.cancel()
+
+    def admit(self) -> None:
+        """Give waiting jobs the free rows, each the one whose reading serves it best: what is shared, less what is lost.
+
+        A chat's next turn finds what was said before; another chat, with which it shares only the
+        beginning, does not take that from it while there is an emptier row.
+        """
+        while (row := len(self.running)) < self.rows:
+            with self.changed:
+                if not self.waiting:
+                    return
+                job = self.waiting.popleft()
+                self.running.append(job)
+            job.text = newest(job.text, self.model.config.block_size)
+            ids = self.reader.ids
+            self.reader.swap(row, max(range(row, self.rows), key=lambda r: 2 * shared_prefix(ids[r], job.text) - len(ids[r])))
 
     def read_prompt(self) -> None:
         """Read a piece of the prompt that has waited longest, all but its last id: that is for `step`."""
@@ -153,7 +168,8 @@ class Batcher:
             try:
                 if end := self.choose(jobs[row], logits[row : row + 1]):
                     self.leave(row, end)
-            except Exception as error:  # logits that are not finite
+            except InputError as error:  # logits that are not finite, and so is what the row has read
+                self.reader.forget(slice(row, row + 1))
                 self.leave(row, error)
 
     def choose(self, job: Job, logits: torch.Tensor) -> str | None:
@@ -171,12 +187,11 @@ class Batcher:
             top = list(zip(ids.tolist(), values.tolist()))
         job.text.append(new)
         job.made += 1
-        if not job.cancelled:
-            job.send(Token(new, logprob, top))
+        self.tell(job, Token(new, logprob, top))
         return "length" if job.made == job.config.max_new_tokens else None
 
     def leave(self, row: int, end: str | Exception) -> None:
-        """Free a row. What its text has read stays there, for a next turn."""
+        """End a job and free its row. What its text has read stays there, for a next turn."""
         job = self.running[row]
         if row < self.ready:
             self.ready -= 1
@@ -184,25 +199,26 @@ class Batcher:
             row = self.ready
         self.swap(row, len(self.running) - 1)
         self.running.pop()
-        if not job.cancelled:
-            job.send(end)
+        self.tell(job, end)
 
     def drop_unwanted(self) -> None:
         """Let go of those whom nobody awaits any more, or whose time is over."""
         now = time.monotonic()
 
         def over(job: Job) -> Exception | None:
-            if job.deadline == -float("inf"):
+            if self.hurry or job.cancelled:
                 return Closed("the server is shutting down")
             return TimeoutError("the time for this request is over") if job.deadline < now else None
 
         for row in reversed(range(len(self.running))):
-            if (job := self.running[row]).cancelled or over(job):
-                self.leave(row, over(job))
-        for job in [job for job in self.waiting if job.cancelled or over(job)]:
-            self.waiting.remove(job)
-            if not job.cancelled:
-                job.send(over(job))
+            if end := over(self.running[row]):
+                self.leave(row, end)
+        with self.changed:
+            dropped = [job for job in self.waiting if over(job)]
+            for job in dropped:
+                self.waiting.remove(job)
+        for job in dropped:
+            self.tell(job, over(job))
 
     def swap(self, a: int, b: int) -> None:
         """Let two jobs change rows."""

@@ -30,7 +30,7 @@ from nanochat.openai_api import Refused
 PATHS = {"/", "/healthz", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/openapi.json"}
 OPEN_PATHS = {"/", "/healthz"}  # need no key
 MOST_BYTES = 1 << 20  # of a body
-PATIENCE = 15  # seconds: to send a request's head, to send its body, to take in some of an answer, to ask again
+PATIENCE = 15  # seconds: to send a request's head, to send its body, to take in what was sent, to ask again
 
 
 class Gone(Exception):

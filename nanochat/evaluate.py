@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="run folder, Hugging Face GPT-2 folder, PEFT adapter, gpt2 …")
     parser.add_argument("data", type=Path, help="conversations, labelled texts, questions with choices, or plain text: told by their content")
     parser.add_argument("--text", action="store_true", help="take the data as plain text, whatever the model was fine-tuned for")
-    parser.add_argument("--quantize", choices=["none", "int8"], default="none", help="measure it as sample.py --quantize int8 runs it")
+    parser.add_argument("--quantize", choices=["none", "int8"], default="none", help="int8: what sample.py --quantize int8 costs")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
     args = parser.parse_args()
     if args.batch_size < 1:

@@ -179,6 +179,13 @@ class Reader:
             self.ids[r] = self.ids[r] + ids
         return x
 
+    def forget(self, rows: slice = slice(None)) -> None:
+        """Begin anew, with nothing in the cache that is not finite: a weight of 0 times NaN is NaN."""
+        for stored in (self.cache.keys, self.cache.values):
+            stored[:, rows] = 0
+        for row in range(len(self.ids))[rows]:
+            self.ids[row] = []
+
     def swap(self, a: int, b: int) -> None:
         """Let two rows change places."""
         if a != b:
@@ -376,8 +383,8 @@ class Chat:
             for piece in stream_text(self.tokenizer, self.new_ids(prompt, config), config.stop):
                 pieces.append(piece)
                 yield piece
-        except BaseException:  # such as Ctrl-C in the middle of a reading: nobody knows what the cache then holds
-            self.reader.ids[0], self.finish = [], "cut"
+        except BaseException:  # such as Ctrl-C
+            self.finish = "cut"
             raise
         finally:
             if (text := "".join(pieces)).strip():  # an empty turn, which no training data has, would teach the next to be empty

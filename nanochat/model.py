@@ -117,6 +117,8 @@ class GPT(nn.Module):
         cache: keys and values of what each row has read before; `tokens` follow them.
         Raises ValueError when earlier and new tokens together exceed block_size.
         """
+        if segments is not None and cache is not None:
+            raise ValueError("segments are for rows without a cache")
         T = tokens.size(1)
         longest = T if cache is None else T + cache.longest
         if longest > self.config.block_size:
@@ -276,7 +278,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     """attention_formula without the (T, S) table in memory: test_fused_attention_equals_the_formula.
 
     `is_causal` aligns query 0 with key 0, so it is right only for T = S; a single new query
-    (T = 1) sees every key and needs no mask; for all else KVCache.advance makes an explicit one.
+    (T = 1) sees every key of rows of equal length and needs no mask; for all else KVCache.advance makes an explicit one.
     On a CPU in bf16 the formula itself makes a step up to a quarter faster, while the table is small.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(-2) <= 512:
@@ -352,7 +354,7 @@ class LayerCache(NamedTuple):
     values: Tensor
     rows: Tensor  # (B, 1) 0 … B - 1: beside positions, one place for each new token
     positions: Tensor  # (B, T)
-    end: int  # the last of them + 1
+    end: int  # how many columns to read: to the last of them
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) at their positions; return all keys and values (B, H, S, D), without gradient."""

@@ -2,7 +2,7 @@
 
 A request's fields stand in `ChatRequest` and `CompletionRequest`; `Served` turns one into an `Order`,
 whose `Choice`s are the texts to make: a choice takes its tokens one by one and gives the text and
-logprobs that are certain. Nothing here knows of HTTP or of threads; server.py does that.
+logprobs that are certain. Nothing here knows of connections or of threads; server.py does that.
 
 What is refused rather than guessed: fields that would change the answer and are not supported,
 names that nobody knows, and messages that do not fit (none is left out silently).
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.batching import Token
 from nanochat.dialogue import render_prompt
@@ -47,17 +47,31 @@ class Refused(Exception):
 # ------------------------------------------------------------------ requests
 
 
+NEUTRAL = {  # fields that are not supported, and the values beside null that leave the answer as it is
+    "presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "response_format": [{"type": "text"}],
+    "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
+    "modalities": [[], ["text"]], "audio": [], "prediction": [], "reasoning_effort": ["none"], "verbosity": ["medium"],
+    "web_search_options": [], "suffix": [""],
+    "name": [], "refusal": [], "tool_calls": [[]], "annotations": [[]],  # of replies that clients send back
+}
+
+
 class Fields(BaseModel):
-    """Types as JSON has them (no "1" for 1), and no name but these."""
+    """Types as JSON has them (no "1" for 1), and no name but these and NEUTRAL's."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def drop_neutral(cls, given: object) -> object:
+        """Without the fields that say nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name not in NEUTRAL or value not in [None, *NEUTRAL[name]]}
+
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]  # a field that only its neutral value may have
 Words = Annotated[str, Field(min_length=1)]
-EmptyList = Annotated[list, Field(max_length=0)]
-EmptyDict = Annotated[dict, Field(max_length=0)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
@@ -70,25 +84,15 @@ class TextPart(Fields):
 
 
 class RequestMessage(Fields):
-    """Who says what. The fields below `content` are those of replies that clients send back, and may be empty only."""
+    """Who says what."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: EmptyList | None = None
-    annotations: EmptyList | None = None
 
 
 class StreamOptions(Fields):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-
-
-class TextFormat(Fields):
-    type: Literal["text"]
 
 
 class Sampling(Fields):
@@ -108,10 +112,6 @@ class Sampling(Fields):
     stream_options: StreamOptions | None = None
     # of no effect on the text
     user: str | None = None
-    # neutral values only
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: EmptyDict | None = None
 
 
 class ChatRequest(Sampling):
@@ -128,18 +128,6 @@ class ChatRequest(Sampling):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
-    # neutral values only
-    response_format: TextFormat | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: EmptyList | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: Literal["none"] | None = None
-    verbosity: Literal["medium"] | None = None
-    web_search_options: None = None
 
 
 class CompletionRequest(Sampling):
@@ -149,8 +137,6 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    # neutral values only
-    suffix: Annotated[str, Field(max_length=0)] | None = None
 
 
 EITHER = {  # what a field of several types may be
@@ -158,33 +144,25 @@ EITHER = {  # what a field of several types may be
     "content": 'text, or a list of {"type": "text", "text": …} parts',
     "stop": "text, or a list of at most 4 texts, none of them empty",
 }
-NOT_SUPPORTED = {  # but for the values that leave the answer as it is
-    "presence_penalty", "frequency_penalty", "logit_bias", "response_format", "tools", "tool_choice", "functions",
-    "function_call", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options",
-    "suffix", "name", "refusal", "tool_calls", "annotations",
-}
 
 
 def what_is_wrong(errors: list[dict]) -> Refused:
     """The first of pydantic's complaints in a line, without what the user wrote but for names and numbers."""
     error = errors[0]
     place = [step for step in error["loc"] if step != "body"]
-    names = [step for step in place if isinstance(step, str)]
     if error["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {error['ctx']['error']}, at character {error['loc'][-1]}")
     if not place:
         return Refused(400, "the body must be a JSON object, with Content-Type: application/json")
-    either = next((i for i, step in enumerate(place) if step in EITHER), None)
-    if either is not None and error["type"] != "missing":
-        place = place[: either + 1]
-        message = f"{dotted(place)} must be {EITHER[place[-1]]}"
-    elif unsupported := next((name for name in names if name in NOT_SUPPORTED), None):
-        place = place[: place.index(unsupported) + 1]
+    if error["type"] == "extra_forbidden" and place[-1] in NEUTRAL:
         message = f"{dotted(place)} is not supported with a value that would change the answer: leave it out"
     elif error["type"] == "extra_forbidden":
         message = f"{dotted(place)} is no field that is known here"
     elif error["type"] == "missing":
         message = f"{dotted(place)} is missing"
+    elif either := next((i for i, step in enumerate(place, 1) if step in EITHER), None):
+        place = place[:either]
+        message = f"{dotted(place)} must be {EITHER[place[-1]]}"
     else:
         seen = error.get("input")
         seen = f" is {reprlib.repr(seen)}," if type(seen) in (int, float) else ""
@@ -385,14 +363,11 @@ class Served:
         turns: Conversation = []
         for i, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
-            text = message.content
-            if not isinstance(text, str):
-                text = "".join(part.text for part in text)
+            text = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
             if turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += "\n" + text
             elif role == "system" and turns:
-                place = f"messages[{i}]"
-                raise Refused(400, f"{place}: a system message must come before all others", param=f"{place}.role")
+                raise Refused(400, f"messages[{i}]: a system message must come before all others", param=f"messages[{i}].role")
             else:
                 turns.append({"role": role, "content": text})
         given = turns[0]["role"] == "system"

@@ -2,7 +2,8 @@
 
 A token made for one text is a product of each matrix with a single row, over before the matrix has
 come from memory: its bytes are the time. On a CPU, F.linear reaches a third of the memory's
-bandwidth with one row. `pack` lays every matrix out anew, and lets go of the original:
+bandwidth with one row. `pack` lays every matrix out anew, and lets go of the original (where
+single rows of the token table cannot be found in the head's layout, it stays beside it):
 
     float32     a slice a thread, each transposed, all multiplied at once by torch.bmm
     bfloat16    oneDNN's own blocked layout
@@ -50,10 +51,11 @@ def pack(model: GPT, quantize: Literal["none", "int8"] = "none", blocks: bool = 
             for name, child in list(part.named_children()):
                 if type(child) is nn.Linear:
                     setattr(part, name, packed(child.weight, child.bias, quantize))
-    table = model.wte.weight
-    model.wte = Table(table, quantize)
-    model.wte.head = packed(table, None, quantize)
-    model.head = model.wte.head.forward
+    if not hasattr(model, "labels"):  # a classifier has a small head of its own
+        model.wte = Table(model.wte.weight, quantize)
+        model.head = model.wte.head.forward
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # out of the file's memory, which then is given back whole
     return model
 
 
@@ -122,12 +124,15 @@ class Int8(nn.Module):
         (self.numbers, self.scale), self.bias = int8(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.numbers.to(x.dtype)) * self.scale.to(x.dtype).T[0]
-        return y if self.bias is None else y + self.bias
+        return F.linear(x, self.numbers.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
 class Int8OneDNN(nn.Module):
-    """Int8 on a CPU, but the inputs of a call are rounded to 8 bits too: the product is one of whole numbers."""
+    """Int8 on a CPU, but each call's inputs are rounded to 8 bits too: the product is one of whole numbers.
+
+    All rows of a call share 255 steps, so each is first scaled to the same size. A text's rounding still
+    depends a little on what is computed beside it.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -138,21 +143,29 @@ class Int8OneDNN(nn.Module):
             warnings.simplefilter("ignore")  # torch announces the removal of such tensors; Int8 will take over then
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             tensor = torch._make_per_channel_quantized_tensor(numbers, scale[:, 0].double(), zeros, 0)
-            self.ours = torch.ops.quantized.linear_prepack(tensor, None if bias is None else bias.detach().float())
+            self.ours = torch.ops.quantized.linear_prepack(tensor, None)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x.float(), self.ours, False).to(x.dtype)
+        size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        y = torch.ops.quantized.linear_dynamic(x.float() / size, self.ours, False) * size
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class Table(nn.Module):
-    """The token table to look rows up in; as the head it has a layout of its own."""
+    """The token table: as the head, laid out like any other weight, and to look rows up in."""
 
     def __init__(self, table: Tensor, quantize: str):
         super().__init__()
-        self.dtype = table.dtype
+        self.dtype, self.head = table.dtype, packed(table, None, quantize)
         self.rows, self.scale = int8(table) if quantize == "int8" else (table, None)
+        if isinstance(self.head, Sliced):
+            self.rows = None
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.rows is None:
+            slices = self.head.slices  # (n, C, V/n)
+            return slices[tokens // slices.size(2), :, tokens % slices.size(2)]
         rows = F.embedding(tokens, self.rows)
         return rows if self.scale is None else (rows * F.embedding(tokens, self.scale)).to(self.dtype)
 
@@ -166,14 +179,14 @@ def compile_decoding(model: GPT) -> GPT:
     cuda = model.wpe.weight.device.type == "cuda"
     if not cuda:
         pack(model.requires_grad_(False), blocks=False)
-        torch._inductor.config.freezing = True
     plain, fast = model.blocks, torch.compile(model.blocks, options={"triton.cudagraphs": cuda})
 
     def blocks(x: Tensor, mask: Tensor | None, caches: list | None) -> Tensor:
         if not caches or x.size(1) > 1:
             return plain(x, mask, caches)
         if not cuda:
-            return fast(x, mask, caches)
+            with torch._inductor.config.patch(freezing=True):  # a setting of each thread
+                return fast(x, mask, caches)
         for cache in caches:
             torch._dynamo.mark_static_address(cache.keys)
             torch._dynamo.mark_static_address(cache.values)

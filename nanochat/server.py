@@ -315,8 +315,7 @@ def read_key(file: str | None) -> str | None:
     if file and given is not None:
         raise InputError(f"both --api-key-file and {KEY_VARIABLE} are set; keep one")
     if file:
-        source = f"--api-key-file {file}"
-        given = Path(file).read_text(encoding="utf-8-sig", errors="replace")
+        given, source = Path(file).read_text(encoding="utf-8-sig", errors="replace"), f"--api-key-file {file}"
     if given is None:
         return None
     given = given.strip()

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where nanochat is not i
 
 from nanochat import InputError, checkpoint, runtime  # noqa: E402
 from nanochat.classifier import GPTClassifier  # noqa: E402
-from nanochat.generate import Reader, SampleConfig, fit, generate, newest, probabilities, shared_prefix, stream_text  # noqa: E402
+from nanochat.generate import Reader, SampleConfig, fit, generate, newest, probabilities, stream_text  # noqa: E402
 from nanochat.model import GPT  # noqa: E402
 
 
@@ -78,10 +78,8 @@ def propose(reader: Reader, text: list[int], count: int, config: SampleConfig, g
 def distributions(reader: Reader, text: list[int], proposed: list[int], config: SampleConfig) -> Tensor:
     """p (k + 1, V) of the token after the text, and after each of the k proposed ones: a single pass."""
     whole = text + proposed
-    known = min(shared_prefix(reader.ids[0], whole), len(text) - 1)  # what was rejected is forgotten
-    reader.cache.lengths[0] = known
+    [known] = reader.keep(0, [text[:-1]])  # what was rejected is forgotten
     x = reader.features(0, [whole[known:]])[0]  # (T, C)
-    reader.ids[0] = whole
     contexts = [text + proposed[:i] for i in range(len(proposed) + 1)]
     return probabilities(reader.model.head(x[-len(contexts) :]), config, contexts)
 

@@ -91,15 +91,48 @@ def test_logprobs_are_those_of_the_model_itself(make_model, serve):
 def test_a_chats_next_turn_reads_only_what_is_new_even_on_another_row(make_model, serve, monkeypatch):
     model, read = make_model(), []
     batcher = serve(model, rows=3)
-    turns = [job(prompt_of(9, seed), 2) for seed in range(3)]
+    begin = prompt_of(4)  # as all chats do
+    turns = [job(begin + prompt_of(9, seed), 2) for seed in range(2)]  # one row stays free
     batcher.submit(*(made for made, _ in turns))
     said = [heard.until_the_end()[0] for _, heard in turns]
     features = model.features
     monkeypatch.setattr(model, "features", lambda tokens, **more: read.append(tokens.numel()) or features(tokens, **more))
-    again, heard = job(prompt_of(9, 2) + said[2] + [4, 5, 6], 1)
-    batcher.submit(again)
+    for seed in (1, 0, 1):
+        more = said[seed] + [4, 5, 6]
+        again, heard = job(begin + prompt_of(9, seed) + more, 1)
+        batcher.submit(again)
+        said[seed] = more + heard.until_the_end()[0]
+        assert sum(read) == 1 + 3  # the last of its own tokens had not been read yet
+        read.clear()
+    other, heard = job(begin + prompt_of(5, 7), 1)
+    batcher.submit(other)  # takes the empty row from nobody
     heard.until_the_end()
-    assert sum(read) == 1 + 3  # the last of its own tokens had not been read yet
+    assert sum(read) == 4 + 5 and sum(bool(ids) for ids in batcher.reader.ids) == 3
+
+
+def test_logits_that_are_not_finite_end_one_text_and_leave_nothing_behind(make_model, serve, monkeypatch):
+    model = make_model()
+    batcher, features = serve(model, rows=2), model.features
+    beside, other = job(prompt_of(20), 3)
+    expected = said_by(model, [[1, 2, 3]], SampleConfig(max_new_tokens=3, temperature=0))[0]
+    monkeypatch.setattr(model, "features", lambda tokens, cache: features(tokens, cache=cache) * (float("nan") if 96 in tokens else 1))
+    lost, heard = job([96, 5, 96], 3)
+    batcher.submit(lost)
+    assert "not finite" in str(heard.until_the_end()[1])
+    assert not any(batcher.reader.ids) and not batcher.reader.cache.keys.any()
+    after, heard = job([1, 2, 3], 3)
+    batcher.submit(beside, after)
+    assert heard.until_the_end() == (expected, "length") and other.until_the_end()[1] == "length"
+
+
+def test_a_listener_that_fails_harms_no_other(make_model, serve):
+    model = make_model()
+    batcher = serve(model, rows=2)
+    deaf = [Job(prompt_of(3), SampleConfig(max_new_tokens=50), send, deadline=time.monotonic() + more)
+            for send, more in ((lambda item: 1 / 0, 9), ("no function", 0.05))]
+    well, heard = job(prompt_of(5))
+    batcher.submit(*deaf, well)
+    assert heard.until_the_end() == (said_by(model, [prompt_of(5)], well.config)[0], "length")
 
 
 def test_one_request_too_many_is_refused_and_a_closed_batcher_takes_none(make_model, serve, monkeypatch):
@@ -112,10 +145,10 @@ def test_one_request_too_many_is_refused_and_a_closed_batcher_takes_none(make_mo
     while not batcher.running:
         time.sleep(0.001)
     rest = [job(prompt_of(3), 2) for _ in range(3)]
-    with pytest.raises(Full, match="0 requests"):
+    with pytest.raises(Full, match="1 texts"):
         batcher.submit(*(made for made, _ in rest))  # all or none
     batcher.submit(*(made for made, _ in rest[:2]))
-    with pytest.raises(Full, match="2 requests are waiting already"):
+    with pytest.raises(Full, match="3 texts are being made or wait already"):
         batcher.submit(rest[2][0])
     closer = threading.Thread(target=batcher.close)
     closer.start()

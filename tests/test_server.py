@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from nanochat import InputError, checkpoint, door, generate, server
-from nanochat.batching import Batcher
+from nanochat.batching import Batcher, Token
 from nanochat.dialogue import render_prompt
 from nanochat.generate import SampleConfig
 from nanochat.model import GPT, GPTConfig
-from nanochat.openai_api import Served
+from nanochat.openai_api import Choice, Served
 from nanochat.tokenizer import Tokenizer
 
 BLOCK = 96
@@ -176,6 +176,24 @@ def test_a_stop_string_ends_the_text_before_it(tiny, stream):
     assert spelt.startswith(said) and len(spelt) < len(text)
 
 
+def taken(tokenizer: Tokenizer, said: bytes, *stop: str) -> tuple[str, str | None, list[int]]:
+    """What a Choice makes of tokens of one byte each, up to max_new_tokens: text, reason, where each token starts."""
+    choice = Choice(0, [0], "", SampleConfig(stop=stop), True, tokenizer)
+    steps = [choice.take(Token(tokenizer.token_bytes.index(bytes([byte])), -1.0, [])) for byte in said]
+    steps += [] if choice.reason else [choice.take("length")]
+    return "".join(piece for piece, _ in steps), choice.reason, [entry.start for _, entries in steps for entry in entries]
+
+
+def test_a_stop_string_within_the_beginning_of_another_is_one_at_the_end_too(tokenizer):
+    assert taken(tokenizer, b"xab", "abc", "b") == taken(tokenizer, b"xabz", "abc", "b") == ("xa", "stop", [0, 1])
+    assert taken(tokenizer, b"xab", "abc") == ("xab", "length", [0, 1, 2])
+
+
+def test_a_token_starts_after_the_half_character_before_it(tokenizer):
+    assert taken(tokenizer, b"x\xf0\x9fay") == ("x\ufffday", "length", [0, 1, 1, 2, 3])
+    assert taken(tokenizer, "x🙂y".encode()) == ("x🙂y", "length", [0, 1, 1, 1, 1, 2])
+
+
 def test_logprobs_of_a_chat_are_the_models_and_their_bytes_are_the_text(tiny, model, tokenizer):
     choice = chat(tiny, logprobs=True, top_logprobs=3, max_tokens=20).json()["choices"][0]
     entries = choice["logprobs"]["content"]
@@ -218,6 +236,13 @@ def test_echo_begins_with_the_prompt(tiny, stream):
     response = complete(tiny, prompt="A small river", echo=True, stream=stream)
     text = "".join(c["choices"][0]["text"] for c in chunks(response)) if stream else response.json()["choices"][0]["text"]
     assert text == "A small river" + plain
+
+
+def test_echo_of_an_empty_prompt_is_empty_and_of_half_a_pair_one_character(tiny):
+    assert complete(tiny, prompt="", echo=True).json()["choices"] == complete(tiny, prompt="").json()["choices"]
+    body = json.dumps({"prompt": "a\ud800", "echo": True, "max_tokens": 1})
+    response = tiny.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.json()["choices"][0]["text"].startswith("a\ufffd")
 
 
 def test_logprobs_of_a_completion_in_the_older_form(tiny):
@@ -271,7 +296,7 @@ def test_a_text_ends_where_the_context_does(tiny, tokenizer):
 def test_nulls_and_neutral_values_are_as_good_as_absent(tiny):
     plain = chat(tiny).json()["choices"]
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none", "user": "me",
-               "response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}, "stream_options": None, "n": None,
+               "response_format": {"type": "text"}, "suffix": "", "modalities": ["text"], "audio": None, "store": False, "metadata": {"stop": 1, "name": "b"}, "stream_options": None, "n": None,
                "stop": None, "seed": None, "top_p": None, "model": None, "stream": None, "logprobs": None, "parallel_tool_calls": True}
     assert chat(tiny, **neutral).json()["choices"] == plain
     assert chat(tiny, top_k=1, min_p=0.5, repetition_penalty=1, temperature=1).json()["choices"] == plain
@@ -303,9 +328,14 @@ def test_nulls_and_neutral_values_are_as_good_as_absent(tiny):
     ({"messages": [{"role": "user", "content": "river " * 300}]}, 400, "messages", f"tokens; this model's context is {BLOCK}"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "tools is not supported with a value that would change the answer"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty", "presence_penalty is not supported"),
+    ({"modalities": ["text", "audio"]}, 400, "modalities", "modalities is not supported"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias is not supported"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "response_format is not supported"),
     ({"temprature": 1}, 400, "temprature", "temprature is no field that is known here"),
+    ({"temp\nra\u0007é": 1}, 400, "temp?ra??", "temp?ra?? is no field that is known here"),
+    ({"prompt": "x"}, 400, "prompt", "prompt is no field that is known here"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content", "must be text, or"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}, 400, "messages[0].content", "must be text, or"),
     ({"stop": ["a"] * 5}, 400, "stop", "stop must be text, or a list of at most 4 texts"),
     ({"stop": ""}, 400, "stop", "stop must be text, or"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "top_logprobs needs logprobs: true"),
@@ -384,7 +414,7 @@ def test_unknown_paths_and_methods_have_the_same_form(tiny):
 def test_a_key_is_needed_for_all_but_the_page_and_health(start):
     to = start(key="sesame")
     for path in ("/", "/healthz"):
-        assert to.client.get(path).status_code in (200, 404 if path == "/" else 200)
+        assert to.client.get(path).status_code == 200
     for path in ("/metrics", "/v1/models", "/openapi.json", "/nothing"):
         none, wrong = to.client.get(path), to.client.get(path, headers={"authorization": "Bearer sesamo"})
         assert none.status_code == wrong.status_code == 401 and none.headers["www-authenticate"] == "Bearer"
@@ -447,6 +477,18 @@ def test_who_reads_too_slowly_is_let_go_and_holds_up_nobody(start, monkeypatch):
         until(lambda: not any(connection.flow.write_paused for connection in to.uvicorn.server_state.connections))
 
 
+def test_who_takes_in_only_the_beginning_of_an_answer_does_not_stay(start, monkeypatch):
+    monkeypatch.setattr(door, "PATIENCE", 0.3)
+    to = start()
+    to.uvicorn.config.http_protocol_class = tight(to.uvicorn.config.http_protocol_class)
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(to.address)
+        lazy.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert lazy.recv(8)
+        until(lambda: not to.uvicorn.server_state.connections)
+
+
 def tight(protocol):
     """The same protocol with so small a buffer in the kernel that a reader who sleeps is noticed."""
     class Tight(protocol):
@@ -471,7 +513,7 @@ def test_a_full_queue_is_429_with_retry_after(start, slow):
     for stream in (False, True):
         response = chat(to, stream=stream)
         assert response.status_code == 429 and response.headers["retry-after"] == "1"
-        assert error_of(response) == {"message": "1 requests are waiting already; try again", "type": "rate_limit_error",
+        assert error_of(response) == {"message": "2 texts are being made or wait already; try again", "type": "rate_limit_error",
                                       "param": None, "code": "queue_full"}
     slow.set()
     for thread in threads:
@@ -490,6 +532,17 @@ def test_out_of_time_before_the_first_token_is_504(start, slow, stream):
     first.join()
     assert response.status_code == 504
     assert error_of(response)["message"] == "not finished within 0.2 seconds (this server's --request-timeout)"
+    assert "nanochat_first_token_seconds_count 1.0" in to.client.get("/metrics").text  # of the first, however late
+
+
+def test_a_model_that_hangs_is_504_too(start, slow, log):
+    to = start()
+    slow.clear()
+    to.door.longest = 0.2
+    response = chat(to)
+    slow.set()
+    assert response.status_code == 504 and error_of(response)["code"] == "timeout"
+    until(lambda: log.getvalue().endswith("s timeout\n") and " 504 " in log.getvalue())
 
 
 def test_out_of_time_within_a_stream_is_an_event(start, model, monkeypatch):
@@ -638,10 +691,10 @@ def test_it_is_not_bound_outside_without_a_key(command):
 
 def test_a_key_that_cannot_be_one_is_refused(command, tmp_path, monkeypatch):
     file = tmp_path / "key"
-    for content, words in [(" \n", "is empty"), ("two words", "one word"), ("schlüssel", "one word"), ("a\nb", "one word")]:
-        file.write_text(content, encoding="utf-8")
+    for content, words in [(" \n", "is empty"), ("two words", "one word"), ("schlüssel", "one word"), ("a\nb", "one word"), ("\udcff", "one word")]:
+        file.write_text(content, encoding="utf-8", errors="surrogateescape")
         assert words in command("--api-key-file", file)
-    file.write_text("sesame\n", encoding="utf-8")
+    file.write_bytes("\ufeffsesame\r\n".encode())
     assert server.read_key(str(file)) == "sesame"
     monkeypatch.setenv("NANOCHAT_API_KEY", "")
     assert command() == "NANOCHAT_API_KEY is empty; a key is at least one letter"
