@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
 
 from nanochat import InputError, rehearsal, runtime
+from nanochat.batching import Batcher, Job
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT, Batch, GPTConfig
+from nanochat.packed import int8, ready
 from nanochat.training import TrainConfig, build_optimizer
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +36,27 @@ def test_cached_decoding_equals_the_cpus(make_model):
     prompts, config = [[1, 2, 3], [4, 5, 6, 7, 8]], SampleConfig(temperature=0, max_new_tokens=60)
     expected = generate_ids(gpt, prompts, config)
     assert generate_ids(gpt.to(CUDA), prompts, config) == expected
+
+
+@pytest.mark.parametrize("quantize, compile", [("int8", False), ("none", True), ("int8", True)])
+def test_every_way_of_decoding_says_the_same(make_model, quantize, compile):
+    gpt = make_model(torch.float32)
+    prompts, config = [[1, 2, 3], [4, 5, 6, 7, 8]], SampleConfig(temperature=0, max_new_tokens=60)
+    exact = GPT(gpt.config).eval()
+    exact.load_state_dict(gpt.state_dict())
+    if quantize == "int8":
+        for name, p in exact.named_parameters():
+            if p.dim() == 2 and name != "wpe.weight":
+                numbers, scale = int8(p.data)
+                p.data = numbers * scale
+    expected = generate_ids(exact.to(CUDA), prompts, config)
+    ready(gpt, CUDA, torch.float32, quantize, compile)
+    assert generate_ids(gpt, prompts, config) == expected
+    heard = [Queue() for _ in prompts]  # all of it again in the thread of a server
+    batcher = Batcher(gpt, rows=2)
+    batcher.submit(*(Job(prompt, config, queue.put) for prompt, queue in zip(prompts, heard)))
+    batcher.close()
+    assert [[token.id for token in list(queue.queue)[:-1]] for queue in heard] == expected[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
