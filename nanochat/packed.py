@@ -147,8 +147,12 @@ class Int8OneDNN(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        y = torch.ops.quantized.linear_dynamic(x.float() / size, self.ours, False) * size
+        x32 = x.float()
+        if x.numel() == x.size(-1):  # a single row
+            y = torch.ops.quantized.linear_dynamic(x32, self.ours, False)
+        else:
+            size = x32.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+            y = torch.ops.quantized.linear_dynamic(x32 / size, self.ours, False) * size
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
