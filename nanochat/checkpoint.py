@@ -461,7 +461,8 @@ def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         folder / "config.json",
         {"model_type": "gpt2", **head, **config,
          "embd_pdrop": model.config.dropout,
-        "n_ctx": model.config.block_size,  # llama.cpp's converter asks for it "tie_word_embeddings": True, "dtype": "float32",
+         "tie_word_embeddings": True, "dtype": "float32",
+         "n_ctx": model.config.block_size,  # llama.cpp's converter asks for it
          **ids, "eos_token_id": (eos or [tokenizer.end_of_text])[0]},
     )
     write_json(folder / "generation_config.json", ids | {"eos_token_id": [*eos, tokenizer.end_of_text]})

@@ -91,6 +91,8 @@ class RequestMessage(Fields):
 
 
 class StreamOptions(Fields):
+    """What a stream sends beside its chunks. Obfuscation, which pads them, is taken and not done."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 

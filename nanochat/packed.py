@@ -186,6 +186,7 @@ def compile_decoding(model: GPT) -> GPT:
     plain, fast = model.blocks, torch.compile(model.blocks, options={"triton.cudagraphs": cuda})
 
     def blocks(x: Tensor, mask: Tensor | None, caches: list | None) -> Tensor:
+        """GPT.blocks: compiled for one new token a row, else plain."""
         if not caches or x.size(1) > 1:
             return plain(x, mask, caches)
         if not cuda:

@@ -294,6 +294,7 @@ class Server(uvicorn.Server):
             return
 
         def note(number: int, frame) -> None:
+            """The first signal closes the door, the second ends the process."""
             if self.received:
                 os._exit(128 + number)
             self.received = number

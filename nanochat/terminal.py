@@ -94,23 +94,28 @@ class Talk:
             note(f"(the oldest {self.chat.dropped} messages no longer fit and were left out)")
 
     def help(self) -> None:
+        """The commands and keys."""
         rows = {f"/{name} {after}": what for name, (after, what) in COMMANDS.items()}
         note("\n".join(f"{usage:<26}{what}" for usage, what in rows.items()) + f"\n{KEYS}")
 
     def undo(self) -> None:
+        """Forget the last exchange."""
         self.need_exchange()
         note(f"forgotten: {one_line(self.chat.undo())[:60]}")
 
     def regenerate(self) -> None:
+        """Another reply to the last message."""
         self.need_exchange()
         if self.chat.config.temperature == 0:
             note("at temperature 0 the same message gets the same reply; /settings temperature 0.8 changes that")
         self.answer(self.chat.ask_again())
 
     def reset(self) -> None:
+        """Begin anew with the same system text."""
         self.begin(self.chat.system)
 
     def system(self, text: str = "") -> None:
+        """Show the system text, or begin anew with this one."""
         if text:
             self.begin([] if text in ('""', "''") else [{"role": "system", "content": text}])
         note("".join(f"system text: {message['content']}" for message in self.chat.system) or "no system text")
@@ -122,11 +127,13 @@ class Talk:
         note("a new conversation")
 
     def settings(self, text: str = "") -> None:
+        """Change how replies are chosen, if that is asked, and show it."""
         self.chat.config = changed(self.chat.config, text)
         rows = vars(self.chat.config) | {"stop": " ".join(map(repr, self.chat.config.stop)) or "none"}
         note("\n".join(f"{name:<20}{value}" for name, value in rows.items()))
 
     def save(self, name: str = "") -> None:
+        """Write the conversation, whole or not at all, over nothing but its own file."""
         self.need_exchange()
         if not name and not self.file:
             raise InputError("/save FILE: into which file?")
@@ -144,6 +151,7 @@ class Talk:
         note(f"saved {len(self.chat.exchanges)} messages in {path}")
 
     def load(self, name: str = "") -> None:
+        """Go on with the first conversation of a file, in any format that `formats.read` takes."""
         if not name:
             raise InputError("/load FILE: from which file?")
         with trouble_with(name):
@@ -158,9 +166,11 @@ class Talk:
         note(f"{len(roles)} messages" + (f", the first of {len(conversations):,} conversations" if len(conversations) > 1 else ""))
 
     def quit(self) -> None:
+        """As Ctrl-D does."""
         raise EOFError
 
     def need_exchange(self) -> None:
+        """InputError if there is nothing to act on."""
         if not self.chat.exchanges:
             raise InputError("nothing has been said yet")
 
