@@ -296,6 +296,12 @@ def test_config_values_that_no_network_has_are_refused_at_once(name, value, said
     assert re.search(said, refusal(folder))
 
 
+def test_a_saved_config_says_that_the_head_is_tied_and_the_weights_are_float32(make_model, tmp_path):
+    checkpoint.write(tmp_path, make_model(torch.float32, vocab_size=50257), Tokenizer.gpt2())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {"tie_word_embeddings": True, "dtype": "float32", "n_positions": 24, "n_ctx": 24}.items() <= config.items()
+
+
 def test_all_problems_of_a_config_are_named_at_once(folder):
     edit_json(folder / "config.json", rope_theta=1, n_inner=7, layer_norm_epsilon=1e-5)
     assert "rope_theta" in refusal(folder) and "n_inner" in refusal(folder)
