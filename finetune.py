@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -25,7 +25,7 @@ from nanochat.model import GPT
 from nanochat.records import print_left_out
 from nanochat.resume import Progress
 from nanochat.rows import Rows
-from nanochat.tasks import TASKS, Chat, Classify
+from nanochat.tasks import TASKS, ChatTask, ClassifyTask
 from nanochat.tokenizer import CHAT_TOKENS, Tokenizer
 from nanochat.training import TrainConfig
 
@@ -48,7 +48,7 @@ class Settings:
     balance: bool = False
     """classify: weigh the texts so that all labels count alike"""
     system: str = ""
-    """chat: system text for the conversations that have none; what most begin with, chats do too, unless told otherwise"""
+    """chat: system text for the conversations that have none. The one that most begin with is saved, and chats begin with it"""
     init: str = "out/pretrained"
     """weights to start from: a run folder, a Hugging Face GPT-2 folder, gpt2 … gpt2-xl, nanoGPT's ckpt.pt"""
     out: Path = Path("out/finetuned")
@@ -72,17 +72,16 @@ def main() -> None:
     """Assemble a run, train, and compare the best checkpoint with the start on held-out examples."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = parse()
-    settings.overwrite |= settings.show_batch and not settings.resume  # nothing is written then, so --out may hold a run
-    settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=5)
+    settings, saved, state, device, dtype = training.set_up(settings, parse, minutes=5, writes=not settings.show_batch)
     config, task = settings.training, TASKS[settings.task]()
     check_flags(settings)
     parts = read_parts(settings, task)
     train_split, val_split, test_split = parts.values()
 
-    if step is None:
+    if saved is None:
         model, tokenizer = start(settings, task, train_split)
     else:
-        model, tokenizer = checkpoint.load(step, merge=False)
+        model, tokenizer = checkpoint.load(saved, merge=False)
         model = task.prepare(model, train_split, settings.balance)
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
@@ -100,7 +99,7 @@ def main() -> None:
         first = training.example_order(0, min(config.batch_size, len(train_rows)), len(train_rows), config.seed)
         marks = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
         print(preview.summary(found))
-        print("\n".join(preview.show_row(train_rows.rows[i], tokenizer, getattr(model, "labels", None), marks) for i in first))
+        print("\n".join(preview.show_row(train_rows.rows[i], tokenizer, model.labels, marks) for i in first))
         return
     share = train_rows.supervised_tokens / train_rows.input_tokens
     print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
@@ -114,30 +113,32 @@ def main() -> None:
 
     progress = training.train(
         model, tokenizer, train_rows, config, out=settings.out, settings=asdict(settings), device=device, dtype=dtype,
-        evaluate=evaluation, sample=lambda: task.ask(model, tokenizer, val_split), held_out=val_rows.fingerprint, resume=resume)
+        evaluate=evaluation, sample=lambda: task.ask(model, tokenizer, val_split), held_out=val_rows.fingerprint, resume=state)
     conclude(settings, task, parts, model, tokenizer, train_rows, test_rows, progress, device)
 
 
 def check_flags(settings: Settings) -> None:
-    """InputError for flags of another --method, and for a start that lies where this run will write."""
+    """InputError for flags of another --task or --method, and for a start that lies where this run will write."""
     usual = Settings()
     if settings.system and settings.task != "chat":
         raise InputError(f"--system is for --task chat, not {settings.task}")
+    if settings.balance and settings.task != "classify":
+        raise InputError(f"--balance is for --task classify, not {settings.task}")
     own = {"lora": (asdict(settings.lora), asdict(usual.lora)), "freeze": ({"learn": settings.learn}, {"learn": usual.learn})}
     for method, (given, default) in own.items():
         if settings.method != method and (changed := [name for name in given if given[name] != default[name]]):
             raise InputError(f"--{changed[0].replace('_', '-')} is for --method {method}, not {settings.method}")
-    if not settings.resume and Path(settings.init).exists() and Path(settings.init).resolve().is_relative_to(settings.out.resolve()):
+    if not (settings.resume or settings.show_batch) and Path(settings.init).exists() and Path(settings.init).resolve().is_relative_to(settings.out.resolve()):
         raise InputError(f"--init {settings.init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
 
 
-def read_parts(settings: Settings, task: Chat | Classify) -> dict[str, list]:
+def read_parts(settings: Settings, task: ChatTask | ClassifyTask) -> dict[str, list]:
     """Training, validation and test examples; InputError if one of the three would be empty."""
     examples, problems = task.read(processes.from_rank_0(lambda: find(settings.data)))
     if settings.val_data is None:
         train, val, test = splits.split(examples)
     else:
-        held_out, more_problems = task.read(processes.from_rank_0(lambda: find(settings.val_data)))
+        held_out, more_problems = task.read(processes.from_rank_0(partial(find, settings.val_data)))
         train, val, test, problems = examples, held_out, held_out, problems + more_problems
     print_left_out(problems)
     parts = {"training": train, "validation": val, "test": test}
@@ -151,7 +152,7 @@ def read_parts(settings: Settings, task: Chat | Classify) -> dict[str, list]:
     return parts
 
 
-def start(settings: Settings, task: Chat | Classify, train_split: list) -> tuple[GPT, Tokenizer]:
+def start(settings: Settings, task: ChatTask | ClassifyTask, train_split: list) -> tuple[GPT, Tokenizer]:
     """The model that the run begins with, before it is said what of it learns, and its tokenizer with the chat tokens."""
     model, tokenizer = checkpoint.load(settings.init)
     tokenizer = tokenizer.for_chat()
@@ -169,7 +170,7 @@ def choose_what_learns(model: GPT, tokenizer: Tokenizer, settings: Settings) -> 
         lora.freeze(model, settings.learn, new_rows)
 
 
-def conclude(settings: Settings, task: Chat | Classify, parts: dict[str, list], model: GPT, tokenizer: Tokenizer,
+def conclude(settings: Settings, task: ChatTask | ClassifyTask, parts: dict[str, list], model: GPT, tokenizer: Tokenizer,
              train_rows: Rows, test_rows: Rows, progress: Progress, device: torch.device) -> None:
     """Compare the best checkpoint with the start, on held-out examples; write report.md and print its main figures."""
     run = {
@@ -181,13 +182,14 @@ def conclude(settings: Settings, task: Chat | Classify, parts: dict[str, list], 
         "peak memory, MB": round(runtime.peak_memory(device) / 1e6),
     }
 
-    def outcome(tried: GPT) -> tuple[dict, dict[str, str]]:
+    def outcome(tried: Any) -> tuple[dict, dict[str, str]]:
         """What a model does on the test split, and with the prompts of the validation split."""
         tried.to(device)
         return (task.measure(tried, tokenizer, parts["test"], test_rows, settings.training.batch_size),
                 {} if processes.rank() else task.ask(tried, tokenizer, parts["validation"]))
 
-    before, replies_before = None, {}
+    before: dict | None = None
+    replies_before: dict[str, str] = {}
     if settings.task == "chat":  # a new label head knows nothing
         try:
             before, replies_before = outcome(start(settings, task, parts["training"])[0])

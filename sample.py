@@ -14,6 +14,7 @@ import tyro
 
 from nanochat import InputError, checkpoint, classifier, generate, packed, runtime, terminal
 from nanochat.classifier import GPTClassifier
+from nanochat.dialogue import opening
 from nanochat.formats import Conversation
 from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
@@ -44,7 +45,7 @@ class Settings:
     quantize: Literal["none", "int8"] = "none"
     """int8: weights of a quarter of the size, faster, a little less exact"""
     compile: bool = False
-    """compile the steps of one token: half a minute before the first, faster from then on; on a CPU for bfloat16 alone"""
+    """compile the steps of one token: up to half a minute before the first token, faster from then on (on a CPU, for one text at a time)"""
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
 
 
@@ -60,11 +61,11 @@ def main() -> None:
         raise InputError(f"--num-samples is {settings.num_samples}, must be at least 1")
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
-    labels = isinstance(model, GPTClassifier)
-    if labels and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile):
+    classifies = isinstance(model, GPTClassifier)
+    if classifies and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile):
         raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system, --num-samples and --compile are of no use to it")
     chats = tokenizer.chat_template is not None and not settings.raw
-    if settings.prompt is None and not chats and not labels:
+    if settings.prompt is None and not chats and not classifies:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")
     if settings.prompt is None and sys.stdin is None:  # closed, as by `<&-`
         raise InputError("--prompt is missing, and there is no standard input to chat through")
@@ -75,13 +76,12 @@ def main() -> None:
     if settings.system is None:
         settings.system = tokenizer.system if chats else ""
     packed.ready(model, device, DTYPES[settings.dtype], settings.quantize, settings.compile)
-    if labels:
+    if isinstance(model, GPTClassifier):
         return classify(model, tokenizer, settings.prompt)
     if settings.prompt is None:
         return terminal.Talk(Chat(model, tokenizer, settings.sampling, settings.system)).run()
     if chats:
-        system = [{"role": "system", "content": settings.system}] if settings.system else []
-        answer([*system, {"role": "user", "content": settings.prompt}], model, tokenizer, settings)
+        answer([*opening(settings.system), {"role": "user", "content": settings.prompt}], model, tokenizer, settings)
     else:
         complete(settings.prompt, model, tokenizer, settings)
 
@@ -105,7 +105,7 @@ def complete(text: str, model: GPT, tokenizer: Tokenizer, settings: Settings) ->
     """Print the text and --num-samples continuations of it."""
     prompt = tokenizer.encode(text) or [tokenizer.end_of_text]
     if len(prompt) > model.config.block_size:
-        kept = model.config.block_size // 2
+        kept = len(generate.newest(prompt, model.config.block_size))
         print(f"--prompt has {len(prompt):,} tokens; only its last {kept:,} are read", file=sys.stderr)
     print_continuations(text, prompt, model, tokenizer, settings)
 

@@ -33,7 +33,7 @@ class Settings:
     """Settings of a pre-training run; the defaults take minutes on a 2-core laptop."""
 
     preset: Literal["laptop", "gpu-hour", "gpt2"] = "laptop"
-    """what the settings are where you say nothing else: minutes on a laptop, an hour on one GPU, or GPT-2's 124 million; below are laptop's"""
+    """minutes on a laptop, an hour on one GPU, or GPT-2's 124 million: settings that you do not give are the preset's; laptop's are shown below"""
     data: str = "wikipedia"
     """Wikipedia dump (.xml, .bz2, URL), text file or folder, .jsonl with "text", Hugging Face data set id, or a name in data/"""
     val_data: str | None = None
@@ -63,10 +63,11 @@ class Settings:
     )
 
 
-# laptop is Settings itself; the runs that chose its numbers stand in benchmarks/README.md. The other two
-# have not been run. gpu-hour: the size that Hoffmann et al. 2022 advise for an hour at 110 TFLOP/s (about
-# 20 tokens a parameter), 61 million. gpt2: batch, rate and length of the published reproductions of GPT-2.
+# The runs that chose laptop's numbers stand in benchmarks/README.md. The other two have not been run. gpu-hour:
+# the size that Hoffmann et al. 2022 advise for an hour at 110 TFLOP/s (about 20 tokens a parameter), 61 million.
+# gpt2: batch, rate and length of the published reproductions of GPT-2.
 PRESETS = {
+    "laptop": Settings(),
     "gpu-hour": Settings(
         preset="gpu-hour", vocab_size=32768, block_size=1024, n_layer=8, n_head=10, n_embd=640,
         training=TrainConfig(batch_size=16, accumulate=8, optimizer="muon", learning_rate=2e-3, beta2=0.95, warmup_steps=200, max_minutes=60)),
@@ -79,34 +80,31 @@ PRESETS = {
 def main() -> None:
     """Assemble a run, train, and score the best checkpoint on held-out text."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    settings = parse()
-    if settings.preset != "laptop":
-        parse = partial(parse, default=PRESETS[settings.preset])
-        settings = parse()
-    settings, step, resume, device, dtype = training.set_up(settings, parse, minutes=2.5)
+    parse = partial(parse, default=PRESETS[parse().preset])
+    settings, saved, state, device, dtype = training.set_up(parse(), parse, minutes=2.5)
     config = settings.training
 
-    preset = PRESETS.get(settings.preset, Settings)
+    preset = PRESETS[settings.preset]
     sizes = [name for name in ("vocab_size", "n_layer", "n_head", "n_embd") if getattr(settings, name) != getattr(preset, name)]
     if settings.init is not None and sizes:
         raise InputError(f"--{sizes[0].replace('_', '-')} is for a model from scratch; --init {settings.init} has its own")
     if settings.block_size < 8:
         raise InputError(f"--block-size is {settings.block_size}, must be at least 8")
 
-    # model, tokenizer and corpus: from a checkpoint, or all three from the text
+    # model and tokenizer: of a checkpoint, or new ones for the text
     source, val_source = processes.from_rank_0(
         lambda: [find(name) if name is not None else None for name in (settings.data, settings.val_data)])
-    model = tokenizer = None
+    start = saved or settings.init
     block_size = settings.block_size
-    if step or settings.init is not None:
-        model, tokenizer = checkpoint.load(step or settings.init)
+    if start is not None:
+        model, tokenizer = checkpoint.load(start)
         if isinstance(model, GPTClassifier):
             raise InputError(f"--init {settings.init} is a classifier: its head gives labels, not text")
         block_size = min(block_size, model.config.block_size)
-    given = {"tokenizer": tokenizer} if settings.init else {"vocab_size": settings.vocab_size}
+    given = {"tokenizer": tokenizer} if settings.init is not None else {"vocab_size": settings.vocab_size}
     folder = corpus.folder_for(source, val_source, settings.out.parent / "corpus", **given)
     folder = processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
-    if model is None:
+    if start is None:
         tokenizer = Tokenizer.load(folder)
         shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
@@ -116,25 +114,25 @@ def main() -> None:
         corpus.TokenStream(folder, split, tokenizer, block_size) for split in ("train", "val")
     )
 
-    def score(tokens: int, dtype: torch.dtype) -> dict[str, float]:
-        """Of the first `tokens` held-out tokens."""
+    def score(model: GPT, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+        """How well a model predicts the first `tokens` held-out tokens."""
         count = math.ceil(min(val_split.tokens - 1, tokens) / (config.batch_size * block_size))
         return evaluate.score(model, tokenizer, islice(val_split.batches(config.batch_size), count), dtype, count)
 
     def evaluation() -> dict[str, float]:
         """What training looks at in between."""
-        return {f"val_{key}": value for key, value in score(EVALUATION_TOKENS, dtype).items()}
+        return {f"val_{key}": value for key, value in score(model, EVALUATION_TOKENS, dtype).items()}
 
     def sample() -> dict[str, str]:
         """What the model as it is now makes of a beginning."""
-        start = "The city of"
-        return {start: generate.texts(model, tokenizer, [tokenizer.encode(start)], SampleConfig(max_new_tokens=40))[0]}
+        beginning = "The city of"
+        return {beginning: generate.texts(model, tokenizer, [tokenizer.encode(beginning)], SampleConfig(max_new_tokens=40))[0]}
 
     training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
-                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=resume)
+                   device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=state)
 
-    model = checkpoint.load(settings.out)[0].to(device)
-    scores = score(FINAL_TOKENS, torch.float32)
+    best, _ = checkpoint.load(settings.out)
+    scores = score(best.to(device), FINAL_TOKENS, torch.float32)
     share = "whole" if val_split.tokens <= FINAL_TOKENS else f"its first {FINAL_TOKENS:,} tokens"
     print(f"held-out text, {share}, fp32, best checkpoint: {scores['bits_per_byte']:.4f} bits per byte, "
           f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.1f}")

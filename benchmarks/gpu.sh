@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 pytest -m gpu
 python benchmarks/train_step.py --shape 124M --device cuda    # tokens/s and MFU, beside Hugging Face and a plain SDPA GPT
 python benchmarks/train_step.py --memory --device cuda        # peak memory of a step
-python benchmarks/decode.py --device cuda --compile           # tokens/s beside Hugging Face's generate
+python benchmarks/decode.py --device cuda                     # tokens/s beside Hugging Face's generate
 python benchmarks/serve.py --shape 124M                       # requests/s and latency of the server
 python benchmarks/time_to_loss.py --device cuda --compile --seconds 1200 --seeds 0 --variants "hugging face" nanochat \
     --data "$text" --n-layer 12 --n-head 12 --n-embd 768 --tokens 1024 --batch-size 8 --rates 3e-4 6e-4 1e-3

@@ -25,7 +25,6 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     for name, p in model.named_parameters():
         (matrices if ".h." in f".{name}" and p.dim() == 2 else others).append(p)
     groups = [{"params": matrices, "weight_decay": TrainConfig.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group | {"peak_lr": learning_rate} for group in groups]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, TrainConfig.beta2), fused=True)
 
 

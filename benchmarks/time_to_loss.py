@@ -159,7 +159,7 @@ def take_step(job: dict, network, model, optimizer, batch: tuple[torch.Tensor, t
     """One step of training; `network` is the model, or the same weights compiled."""
     inputs, targets = batch
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = job["learning_rate"] * factor
     with runtime.autocast(inputs.device, runtime.DTYPES[job["dtype"]]):
         if job["package"] == "nanochat":
             loss = network(inputs, targets) / targets.numel()

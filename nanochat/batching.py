@@ -176,7 +176,7 @@ class Batcher:
         """Give one job its next token, of logits (1, V); → why it ends with it, or None."""
         if job.generator is None:
             job.generator = torch.Generator(logits.device).manual_seed(job.config.seed % 2**63)
-        new = next_token(logits, job.config, [job.text], job.generator).item()
+        new = int(next_token(logits, job.config, [job.text], job.generator))
         if new in job.stop_ids:
             return "stop"
         logprob, top = float("nan"), []
@@ -214,11 +214,11 @@ class Batcher:
             if end := over(self.running[row]):
                 self.leave(row, end)
         with self.changed:
-            dropped = [job for job in self.waiting if over(job)]
-            for job in dropped:
+            dropped = [(job, end) for job in self.waiting if (end := over(job))]
+            for job, _ in dropped:
                 self.waiting.remove(job)
-        for job in dropped:
-            self.tell(job, over(job))
+        for job, end in dropped:
+            self.tell(job, end)
 
     def swap(self, a: int, b: int) -> None:
         """Let two jobs change rows."""

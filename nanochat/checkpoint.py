@@ -37,12 +37,12 @@ from nanochat.classifier import GPTClassifier
 from nanochat.model import GPT, GPTConfig
 from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
 
-GPT2_WEIGHTS = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+GPT2_FILE = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 SUMS = "SHA256SUMS"
 ADAPTER = "adapter_config.json"
 PREFIX = "transformer."
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module)\.")  # what torch.compile and DDP put into names
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED = tuple(f"{name}.weight" for name in lora.LINEARS)  # GPT-2's files have them as (in, out)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks that old versions saved as weights
 
 # config.json of GPT-2: fields with a place in GPTConfig, …
@@ -58,7 +58,7 @@ CONFIG_NAMES = {
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
 # … fields that change the network, with the values that mean what model.py does, …
-CONFIG_REQUIRED = {
+CONFIG_REQUIRED: dict[str, tuple] = {
     "model_type": ("gpt2",),
     "n_inner": (None,),
     "scale_attn_weights": (True,),
@@ -95,8 +95,9 @@ def load(source: str | Path, merge: bool = True) -> tuple[GPT, Tokenizer]:
     source: a run folder (its best, or else last, step), a Hugging Face GPT-2 folder, an adapter of PEFT
     beside its base, a nanoGPT ckpt.pt, or a name on the Hugging Face hub such as gpt2. After loading, the
     model has exactly one row per id of the tokenizer: fewer raise InputError, surplus rows are cut with a
-    line. A folder with a label head gives a GPTClassifier. merge: an adapter becomes part of the weights;
-    False leaves it apart, to go on learning.
+    line. The weights of an fp32 .safetensors lie in the file, mapped into memory, the matrices transposed.
+    A folder with a label head gives a GPTClassifier. merge: an adapter becomes part of the weights; False leaves it
+    apart, to go on learning.
     """
     path = locate(source)
     verify(path)
@@ -138,7 +139,7 @@ def load_adapted(path: Path, merge: bool) -> tuple[GPT, Tokenizer]:
     lora.from_peft(model, about, read_tensors(path / found[0]), path)
     if not merge:
         return model.eval(), tokenizer
-    return build(model.config, lora.plain_state(model), path, getattr(model, "labels", None)), tokenizer
+    return build(model.config, lora.plain_state(model), path, model.labels), tokenizer
 
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path, labels: list[str] | None = None) -> GPT:
@@ -156,7 +157,7 @@ def build(config: GPTConfig, state: dict[str, Tensor], path: Path, labels: list[
     if wrong:
         more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{path}: weights do not fit the network: {one_line('; '.join(wrong[:8]))}{more}")
-    model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
+    model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     model.requires_grad_(True)
     return model.eval()
 
@@ -223,7 +224,7 @@ def download(name: str) -> Path:
     except Exception as error:  # the hub raises a dozen kinds, by version; the user's remedy is one
         raise InputError(
             f"{name}: no such folder here, and the Hugging Face hub gave {type(error).__name__}; put config.json, "
-            f"tokenizer.json and model.safetensors ({GPT2_WEIGHTS}) into ./{name}/, from "
+            f"tokenizer.json and model.safetensors ({GPT2_FILE}) into ./{name}/, from "
             f"https://huggingface.co/{name} or its mirror in China, https://hf-mirror.com/{name}"
         ) from None
 
@@ -435,7 +436,7 @@ def write_hugging_face(folder: Path, model: GPT, tokenizer: Tokenizer, merge: bo
     write_config(folder, model, tokenizer)
     write_tokenizer(folder, model, tokenizer)
     tensors = {
-        PREFIX * (name not in lora.HEADS) + name_here(name): (w.t() if name.endswith(TRANSPOSED) else w).float().cpu().contiguous()
+        f"{PREFIX * (name not in lora.HEADS)}{name_here(name)}": (w.t() if name.endswith(TRANSPOSED) else w).float().cpu().contiguous()
         for name, w in lora.plain_state(model, merge).items()
     }
     write_tensors(folder / "model.safetensors", tensors)
@@ -450,11 +451,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """config.json and generation_config.json."""
     config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
-    labels = getattr(model, "labels", None)
-    head = {"architectures": ["GPT2LMHeadModel"]}
-    if labels:
+    head: dict = {"architectures": ["GPT2LMHeadModel"]}
+    if model.labels:
         head = {"architectures": ["GPT2ForSequenceClassification"], "problem_type": "single_label_classification",
-                "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+                "id2label": dict(enumerate(model.labels)), "label2id": {label: i for i, label in enumerate(model.labels)}}
     eos = [tokenizer.control[END_OF_TURN]] if tokenizer.chat_template else []
     ids = {"bos_token_id": tokenizer.end_of_text, "pad_token_id": tokenizer.end_of_text}
     write_json(
@@ -471,7 +471,7 @@ def write_config(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 def write_tokenizer(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The tokenizer files; a classifier's put each text into its frame."""
     tokenizer.save(folder)
-    if hasattr(model, "labels"):  # a text between <|endoftext|> and <|end|>, for Hugging Face too
+    if model.labels:  # a text between <|endoftext|> and <|end|>, for Hugging Face too
         end_of_text = next(name for name, i in tokenizer.control.items() if i == tokenizer.end_of_text)
         around = [(name, tokenizer.control[name]) for name in (end_of_text, END_OF_TURN)]
         bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -37,7 +37,7 @@ class GPTClassifier(GPT):
 
     def __init__(self, config: GPTConfig, labels: Sequence[str]):
         super().__init__(config)
-        self.labels = list(labels)
+        self.labels: list[str] = list(labels)
         self.score = nn.Linear(config.n_embd, len(self.labels), bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
         self.class_weights: Tensor | None = None  # (labels,), of the loss

@@ -70,7 +70,8 @@ def prepare(
     vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     Tokenizer.train([], vocab_size)  # refuses a bad size now, not in an hour
     folder = Path(folder)
-    source, val_source = local(source, folder.parent), val_source and local(val_source, folder.parent)
+    source = local(source, folder.parent)
+    val_source = val_source and local(val_source, folder.parent)
     request = {
         "version": VERSION,
         "source": fingerprint(source),
@@ -81,10 +82,10 @@ def prepare(
     if manifest.exists() and _manifest(folder, any_version=True)["request"] == request:
         print(f"{folder}: already prepared from {source}")
         return folder
-    for path in filter(None, (source, val_source)):
-        if folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+    for path in (Path(text) for text in (source, val_source) if text):
+        if folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"{path} lies in {folder}, which will be overwritten: name another")
-        if Path(path).is_dir() and Path(path).resolve() in folder.resolve().parents:
+        if path.is_dir() and path.resolve() in folder.resolve().parents:
             raise InputError(f"{folder} lies in {path}, which is being read: put --out elsewhere")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,8 +156,7 @@ class TokenStream:
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"crops {list(indices)}: this stream has 0 … {len(self) - 1}")
         starts = [index * self.block_size for index in indices]
-        rows = np.stack([self.ids(start, start + self.block_size + 1) for start in starts])
-        rows = torch.from_numpy(rows)  # (B, T + 1)
+        rows = torch.from_numpy(np.stack([self.ids(start, start + self.block_size + 1) for start in starts]))  # (B, T + 1)
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -220,7 +220,8 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
 
     def write(rows: Iterable[tuple[str, str, str]]) -> tuple[dict[str, int], list[str]]:
         """→ (characters of each split, titles of the second)."""
-        characters, held_out = {"train": 0, "val": 0}, {}  # the second an ordered set
+        characters = {"train": 0, "val": 0}
+        held_out: dict[str, None] = {}  # an ordered set
         files = {split: open(folder / f"{split}.jsonl", "wb") for split in characters}
         with files["train"], files["val"]:
             for split, title, text in rows:
@@ -240,9 +241,9 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
     return held_out
 
 
-def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, int]:
+def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict:
     """Encode `split`.jsonl into shards that end where a document ends; return the sums, and SHA-256 of the ids."""
-    header = {"magic": "nanochat tokens", "version": VERSION, "vocab_size": tokenizer.vocab_size}
+    header: dict = {"magic": "nanochat tokens", "version": VERSION, "vocab_size": tokenizer.vocab_size}
     header["dtype"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     header["tokenizer_hash"] = tokenizer.hash
     total, digest = {"documents": 0, "bytes": 0, "tokens": 0}, sha256()
@@ -267,7 +268,8 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict[str, i
                 shard.write(json.dumps(header | sums).encode("ascii").ljust(HEADER))
             total = {key: total[key] + sums[key] for key in total}
             if not texts:
-                return total | {"sha256": digest.hexdigest()}
+                break
+    return total | {"sha256": digest.hexdigest()}
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -46,15 +46,20 @@ def render_prompt(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
     return render(messages, tokenizer)[0] + [tokenizer.control["<|assistant|>"]]
 
 
+def opening(system: str) -> Conversation:
+    """How a conversation begins: with its system text, if there is one."""
+    return [{"role": "system", "content": system}] if system else []
+
+
 def with_system(conversations: list[Conversation], text: str) -> list[Conversation]:
     """The conversations, those without a system text with this one."""
-    return [messages if messages[0]["role"] == "system" else [{"role": "system", "content": text}, *messages] for messages in conversations]
+    return [messages if messages[0]["role"] == "system" else [*opening(text), *messages] for messages in conversations]
 
 
 def shared_system(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> str:
     """The system text with which most conversations begin, so that a chat should too; "" if there is none.
 
-    Nor is one of over half the block: `windows` has cut it.
+    "" as well for one of over half the block, which `windows` has cut.
     """
     begins = Counter(messages[0]["content"] if messages[0]["role"] == "system" else "" for messages in conversations)
     [(text, count)] = begins.most_common(1)
@@ -70,7 +75,7 @@ class Cuts:
     """What did not fit and was shortened; nothing is cut silently."""
 
     replies: int = 0  # longer than the block: prompt and end are lost, and no <|end|> is invented
-    prompts: int = 0  # the message before a reply, of which only the newest part fits
+    prompts: int = 0  # the message before a reply, of which at most the newest part fits
     systems: int = 0  # a system text over half the block: only its beginning is kept
 
     def __str__(self) -> str:
@@ -103,22 +108,22 @@ def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts:
             system = system[: block_size // 2 - 1] + system[-1:]
             cuts.systems += 1
         head += system
-    room = block_size + 1 - len(head)
-    before = [0, *accumulate(len(ids) for ids, _ in turns)]  # before[i]: tokens of turns[:i]
+    room = block_size + 1 - len(head)  # one more than the block: the last id is a target only
+    length = [0, *accumulate(len(ids) for ids, _ in turns)]  # length[i]: tokens of turns[:i]
     reply_ends = [i + 1 for i, (_, mask) in enumerate(turns) if any(mask)]
 
     done = 0  # turns[:done] have been learned from
     while remaining := [end for end in reply_ends if end > done]:
-        limit = before[done] + (room if done == 0 else room * 3 // 4)
-        end = max((end for end in remaining if before[end] <= limit), default=remaining[0])
-        start = next(i for i in range(end + 1) if before[end] - before[i] <= room)
+        limit = length[done] + (room if done == 0 else room * 3 // 4)
+        end = max((end for end in remaining if length[end] <= limit), default=remaining[0])
+        start = next(i for i in range(end + 1) if length[end] - length[i] <= room)
         if start < done and any(turns[start][1]):
             start += 1  # context begins with the user, as a chat does
         context: list[int] = []
         if start == end:  # the reply alone is longer than the block: its beginning
             start, cuts.replies = end - 1, cuts.replies + 1
-        elif 0 < start == end - 1:  # the prompt of the reply does not fit: its newest part
-            prompt, space = turns[start - 1][0], room - (before[end] - before[start])
+        elif 0 < start == end - 1:  # the reply fits, the message before it does not: its newest part
+            prompt, space = turns[start - 1][0], room - (length[end] - length[start])
             context = prompt[:1] + prompt[1 - space :] if space > 2 else []
             cuts.prompts += 1
         ids, mask = head + context, [False] * (len(head) + len(context))

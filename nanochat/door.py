@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.responses import Response
@@ -77,6 +78,8 @@ class Door:
             await send(message)
 
         try:
+            if self.closing and method == "POST":  # a connection that is closed over an unread body may be reset before its answer is read
+                await read_body(receive, scope["headers"])
             self.check(scope["path"], scope["headers"])
             receive_on = await read_body(receive, scope["headers"]) if method == "POST" else receive
             async with asyncio.timeout(self.longest):  # of use against one who reads a stream drop by drop
@@ -218,7 +221,7 @@ class Meters:
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int]):
         self.registry = CollectorRegistry()
-        more = {"namespace": "nanochat", "registry": self.registry}
+        more: dict[str, Any] = {"namespace": "nanochat", "registry": self.registry}
         self.requests = Counter("requests", "Requests; status 499: the client left", ["path", "status"], **more)
         more["buckets"] = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
         self.seconds = Histogram("request_seconds", "From a request's head to its answer's end", ["path"], **more)

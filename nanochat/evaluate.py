@@ -61,13 +61,13 @@ def score(model: GPT, tokenizer: Tokenizer, batches: Iterable[Batch], dtype: tor
             continue
         batch = batch.to(device)
         with autocast(device, dtype):
-            nll, right = token_scores(model, batch)
+            nll, correct = token_scores(model, batch)
         if each is not None:
             each[number] = nll.cpu()
         targets = batch.targets[batch.targets != IGNORED]
         inside = targets != end
         text = [0, 0] if classifies else sizes[:, targets].sum(1).tolist()
-        sums += torch.tensor([nll.sum(), targets.numel(), *text, right.sum(), nll[inside].sum(), inside.sum()], dtype=torch.float64)
+        sums += torch.tensor([nll.sum(), targets.numel(), *text, correct.sum(), nll[inside].sum(), inside.sum()], dtype=torch.float64)
     model.train(training)
     nats, tokens, text_bytes, characters, right, nats_inside, inside = processes.sum_over_ranks(*sums.tolist())
     loss = nats / max(tokens, 1)
@@ -247,7 +247,7 @@ def measure_chat(model: GPT, tokenizer: Tokenizer, conversations: list[Conversat
         return result
     replies = greedy_replies(model, tokenizer, conversations)
     losses = losses_of_sources(rows, batch_size, {number: nll for part in parts for number, nll in part.items()})
-    hardest = sorted(losses, key=losses.get, reverse=True)[:worst]
+    hardest = sorted(losses, key=losses.__getitem__, reverse=True)[:worst]
     return result | {"replies": replies.numbers(), "worst": [
         {"loss": losses[source], "messages": conversations[source]} for source in hardest]}
 
@@ -315,7 +315,7 @@ def read_questions(path: Path) -> list[dict]:
     """{"query", "choices", "gold"} records of a file; none if its first record is of another kind."""
     if path.suffix.lower() not in (".json", ".jsonl"):
         return []
-    questions = []
+    questions: list = []
     for line, record in records.read(path):
         fits = isinstance(record, dict) and isinstance(record.get("query"), str) and isinstance(choices := record.get("choices"), list) and (
             all(isinstance(choice, str) and choice for choice in choices) and record.get("gold") in range(len(choices)))

@@ -9,15 +9,14 @@ repetition penalty, Keskar et al. 2019; their order and edges as in Hugging Face
 """
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile, tee
 
 import torch
 from torch import Tensor
 
 from nanochat import InputError
-from nanochat.dialogue import render_prompt
+from nanochat.dialogue import opening, render_prompt
 from nanochat.formats import Conversation
 from nanochat.model import GPT
 from nanochat.tokenizer import Tokenizer
@@ -86,9 +85,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the likeliest tokens up to and including the one that makes their sum reach p."""
     V = logits.size(-1)
-    probabilities = logits.softmax(dim=-1)
+    chances = logits.softmax(dim=-1)
     for k in (min(256, V), V):  # the likeliest few mostly reach it, which spares sorting all
-        ordered, indices = probabilities.topk(k)
+        indices = logits.topk(k).indices  # of the logits: rounded, two chances may be equal
+        ordered = chances.gather(-1, indices)
         if k == V or bool((ordered.sum(dim=-1) >= p).all()):
             break
     dropped = ordered.cumsum(dim=-1) - ordered >= p  # those before them reach it
@@ -99,8 +99,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
     """Keep the tokens at least `share` times as likely as the likeliest."""
-    probabilities = logits.softmax(dim=-1)
-    return logits.masked_fill(probabilities < share * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+    chances = logits.softmax(dim=-1)
+    return logits.masked_fill(chances < share * chances.amax(dim=-1, keepdim=True), -torch.inf)
 
 
 def probabilities(logits: Tensor, config: SampleConfig, context: list[list[int]]) -> Tensor:
@@ -136,9 +136,9 @@ def next_token(logits: Tensor, config: SampleConfig, context: list[list[int]], g
 
 
 class Reader:
-    """What a model says after texts, each id of which it reads once.
+    """What a model says after texts, with a cache: no id is read twice.
 
-    It remembers the ids of each row beside their keys and values. A text that begins as its row
+    It remembers which ids each row of the cache has read. A text that begins as its row
     did, such as a chat's next turn, is read on from there.
     """
 
@@ -149,7 +149,7 @@ class Reader:
     @torch.inference_mode()
     def logits(self, texts: list[list[int]]) -> Tensor:
         """Ids of texts, each of at most block_size → logits (B, V) of what may follow each."""
-        known = self.keep(0, [text[:-1] for text in texts])  # the last id of each is read for its logits
+        known = self.rewind(0, [text[:-1] for text in texts])  # the last id of each is read for its logits
         if len({len(text) - n for text, n in zip(texts, known)}) > 1:  # not side by side: first all but the last
             for row, text in enumerate(texts):
                 self.read(row, text[:-1])
@@ -160,12 +160,12 @@ class Reader:
     @torch.inference_mode()
     def read(self, row: int, text: list[int]) -> None:
         """Bring one row to have read `text`."""
-        [known] = self.keep(row, [text])
+        [known] = self.rewind(row, [text])
         if known < len(text):
             self.features(row, [text[known:]])
 
-    def keep(self, row: int, texts: list[list[int]]) -> list[int]:
-        """Of the rows from `row` on, forget what is not in their texts; → how many ids remain of each."""
+    def rewind(self, row: int, texts: list[list[int]]) -> list[int]:
+        """Take each row from `row` on back to where its text begins to differ; → how many ids remain of each."""
         for r, text in enumerate(texts, start=row):
             self.cache.lengths[r] = shared_prefix(self.ids[r], text)
             self.ids[r] = self.ids[r][: self.cache.lengths[r]]
@@ -303,19 +303,25 @@ def first_stop(text: str, stop: Sequence[str]) -> int:
 def stream(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:
     """Continue one prompt as pieces of text; any control token ends it."""
     control = set(tokenizer.control.values())
-    ids = (step[0] for step in generate(model, [prompt], config, control) if step[0] not in control)
+    ids = (new for [new] in generate(model, [prompt], config, control) if new is not None and new not in control)
     return stream_text(tokenizer, ids, config.stop)
 
 
 def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
-    """Continue several prompts together; the whole text of each.
-
-    Every row reads its ids from the same steps: no more are made than the longest text needs.
-    """
+    """Continue several prompts together; the whole text of each, up to a control token or a stop string."""
     control = set(tokenizer.control.values())
-    rows = enumerate(tee(generate(model, prompts, config, control), len(prompts)))
-    ids = (takewhile(lambda token: token not in control, (step[i] for step in steps)) for i, steps in rows)
-    return ["".join(stream_text(tokenizer, row, config.stop)) for row in ids]
+    streams = [TextStream(tokenizer, config.stop) for _ in prompts]
+    made, going = ["" for _ in prompts], [True for _ in prompts]
+    for step in generate(model, prompts, config, control):
+        for i, token in enumerate(step):
+            if token is None or token in control:
+                going[i] = False
+            elif going[i]:
+                made[i] += streams[i].add(token)
+                going[i] = not streams[i].stopped
+        if not any(going):
+            break
+    return [text if stream.stopped else text + stream.end() for text, stream in zip(made, streams)]
 
 
 # ------------------------------------------------------------------ chat
@@ -334,7 +340,7 @@ class Chat:
         self.reader = Reader(model, 1)
         self.asked = 0  # replies begun: each has a seed of its own, so that the same question may get another answer
         self.tokens, self.finish = 0, ""  # of the last reply: its length, and "stop" (by itself), "length" or "cut"
-        self.begin([{"role": "system", "content": system}] if system else [])
+        self.begin(opening(system))
 
     def begin(self, messages: Conversation) -> None:
         """Go on from these messages: none, a system text alone, or whole exchanges. InputError if the system text leaves no room."""
@@ -354,7 +360,7 @@ class Chat:
         """What was said after the system message: the user and the model in turn."""
         return self.messages[len(self.system) :]
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Say something; yields the reply in pieces and then remembers both.
 
         Of a reply that is not read to its end, what was read is remembered: the model knows what
@@ -363,7 +369,7 @@ class Chat:
         """
         return self.reply([*self.messages, {"role": "user", "content": text}])
 
-    def ask_again(self) -> Iterator[str]:
+    def ask_again(self) -> Generator[str]:
         """Another reply to the last message, in place of its reply; there must be one."""
         return self.reply(self.messages[:-1])
 
@@ -373,7 +379,7 @@ class Chat:
         self.messages = self.messages[:-2]
         return said
 
-    def reply(self, messages: Conversation) -> Iterator[str]:
+    def reply(self, messages: Conversation) -> Generator[str]:
         """What the model says to `messages`, the last of which is the user's."""
         prompt, self.dropped = fit(messages, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
         config = replace(self.config, seed=self.config.seed + self.asked)
@@ -395,7 +401,7 @@ class Chat:
         control = set(self.tokenizer.control.values())
         self.tokens, self.finish = 0, "stop"
         for [new] in generate(self.model, [prompt], config, control, self.reader):
-            if new in control:
+            if new is None or new in control:
                 return
             self.tokens += 1
             yield new

@@ -50,7 +50,7 @@ class LoRAConfig:
     def __post_init__(self):
         wrong = []
         if not 1 <= self.rank <= 100_000:
-            wrong.append(f"--rank is {self.rank}, must be at least 1")
+            wrong.append(f"--rank is {self.rank}, must be from 1 to 100,000")
         if not 0 < self.alpha < math.inf:
             wrong.append(f"--alpha is {self.alpha}, must be above 0")
         if not 0 <= self.lora_dropout < 1:
@@ -143,9 +143,10 @@ def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
 
 def learn_rows(model: GPT, count: int) -> None:
     """Let the last `count` rows of the token table learn, and no other, in place."""
-    model.wte = TokenRows(model.wte, model.config.vocab_size - count)
-    if not hasattr(model, "score"):  # a classifier's head is not its token table
-        model.head = model.wte.head
+    rows = TokenRows(model.wte, model.config.vocab_size - count)
+    model.wte = rows  # type: ignore[assignment]  # in the table's place
+    if not model.labels:  # a classifier's head is not its token table
+        model.head = rows.head
 
 
 def is_adapted(model: GPT) -> bool:
@@ -208,7 +209,7 @@ def checked(config: dict, path: object) -> tuple[int, float]:
     wrong = [f"{name} is {config[name]!r}, must be {value!r}" for name, value in REQUIRED.items() if config.get(name) not in (value, None)]
     if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
         wrong.append(f"init_lora_weights is {config['init_lora_weights']!r}, must be true")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", "")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         wrong.append(f"r is {rank!r} and lora_alpha {alpha!r}, must be numbers")
     if wrong:
@@ -233,7 +234,7 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
         place = re.fullmatch(rf"h\.(\d+)\.({'|'.join(LINEARS)})", name)
         linear = getattr(model.get_submodule(parent), last) if place and int(place[1]) < len(model.h) else None
         shapes = None if linear is None else ((rank, linear.in_features), (linear.out_features, rank))
-        if B is None or shapes != (tuple(A.shape), tuple(B.shape)):
+        if linear is None or B is None or shapes != (tuple(A.shape), tuple(B.shape)):
             raise InputError(f"{path}: lora_A and lora_B of {name} do not fit the base" + (f", which wants {shapes}" if shapes else ""))
         module = LoRALinear(linear, rank, alpha, config.get("lora_dropout") or 0.0)
         module.lora_A, module.lora_B = nn.Parameter(A.float()), nn.Parameter(B.float())

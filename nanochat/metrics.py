@@ -36,8 +36,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file, if this process has one."""
-        with suppress(OSError, AttributeError):  # what a full disk did not take; no file
-            self.file.close()
+        if self.file is not None:
+            with suppress(OSError):  # what a full disk did not take
+                self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -74,18 +75,16 @@ def draw_losses(log: Path, path: Path) -> None:
 def picture(path: Path, size: tuple[float, float] = (8, 4.5)) -> Iterator:
     """Axes to draw on; at the end they are written to `path`, a .png. size: inches."""
     import matplotlib  # 0.5 s, needed once, at the end
+    from matplotlib.figure import Figure  # not pyplot: a notebook keeps its own way of showing figures
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with suppress(ValueError):  # labels may be Chinese: the first of these fonts that the machine has
-        plt.rcParams["font.sans-serif"] = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "DejaVu Sans"]
-    figure, axes = plt.subplots(figsize=size, dpi=120)
-    yield axes
-    with warnings.catch_warnings(record=True) as missing:  # a line for each character that no font has
-        warnings.simplefilter("always")
-        figure.tight_layout()
-        figure.savefig(path)
+    fonts = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "DejaVu Sans"]
+    with matplotlib.rc_context({"font.sans-serif": fonts}):  # labels may be Chinese: the first of these that the machine has
+        figure = Figure(figsize=size, dpi=120)
+        axes = figure.subplots()
+        yield axes
+        with warnings.catch_warnings(record=True) as missing:  # a line for each character that no font has
+            warnings.simplefilter("always")
+            figure.tight_layout()
+            figure.savefig(path)
     if any("missing from" in str(warning.message) for warning in missing):
         print(f"note: no font for all characters of {path}; Noto Sans CJK SC is one", file=sys.stderr)
-    plt.close(figure)

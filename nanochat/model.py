@@ -15,6 +15,7 @@ numerics of Hugging Face's GPT2LMHeadModel, to which tests/test_model.py holds t
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat import InputError
 
 IGNORED = -100  # a target that is not learned from: the value that F.cross_entropy ignores too
-LOSS_CHUNK = 1024  # rows of fp32 logits made at a time, 206 MB at 50,257; a backward pass keeps them all
+LOSS_CHUNK = 1024  # rows of fp32 logits at a time, 206 MB at 50,257: what is made beside them is freed; training keeps the logits
 ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
     "gpt2": (12, 12, 768),
@@ -76,11 +77,11 @@ class Batch(NamedTuple):
     segments: Tensor | None = None  # (B, T) tokens see only tokens of their own segment
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        return Batch._make(None if x is None else x.to(device, non_blocking=True) for x in self)
 
     def pinned(self) -> "Batch":
         """In memory from which a GPU copies while both go on."""
-        return Batch(*(None if x is None else x.pin_memory() for x in self))
+        return Batch._make(None if x is None else x.pin_memory() for x in self)
 
 
 class GPT(nn.Module):
@@ -89,6 +90,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.labels: list[str] | None = None  # of a classifier (classifier.py), whose head gives their scores instead of logits
         self.recompute = False  # in training keep only each block's input, and compute the rest again for the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -132,9 +134,9 @@ class GPT(nn.Module):
 
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.ln_f(self.blocks(x, mask, cache and cache.layers(positions)))
+        return self.ln_f(self.blocks(x, mask, None if cache is None else cache.layers(positions)))
 
-    def blocks(self, x: Tensor, mask: Tensor | None, caches: "list[LayerCache] | None") -> Tensor:
+    def blocks(self, x: Tensor, mask: Tensor | None, caches: "Sequence[LayerCache | None] | None") -> Tensor:
         """Through one block after the other: (B, T, C) → (B, T, C)."""
         for block, cache in zip(self.h, caches or [None] * len(self.h)):
             if self.recompute and self.training:  # Chen et al. 2016; a third more work
@@ -144,7 +146,7 @@ class GPT(nn.Module):
         return x
 
     @staticmethod
-    def layer(block: "Block", x: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
+    def layer(block: nn.Module, x: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
         """One block, by a name of its own: rehearsal.compiled compiles it once for all of them."""
         return block(x, mask, cache)
 
@@ -198,6 +200,7 @@ class GPT(nn.Module):
         self.wte.weight = nn.Parameter(self.wte.weight[:vocab_size].clone())
         self.wte.num_embeddings = self.config.vocab_size = vocab_size
 
+    @torch.inference_mode(False)  # normal tensors even there: code compiled for inference tensors would be compiled again for normal ones
     def new_cache(self, batch_size: int) -> "KVCache":
         """An empty cache on the device of the weights, in their dtype; on a CPU at least fp32, which attention reads faster there."""
         c, like = self.config, self.wpe.weight
@@ -268,18 +271,19 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     if mask is None:
         T, S = q.size(-2), k.size(-2)
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # e^−∞ is a weight of 0
-    scores = (q / math.sqrt(q.size(-1))) @ k.mT + hidden  # (B, H, T, S)
-    weights = scores.softmax(dim=-1, dtype=scores.dtype)  # named, or autocast would write them in fp32
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # e^−∞ is a weight of 0
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT + bias  # (B, H, T, S)
+    weights = scores.softmax(dim=-1, dtype=scores.dtype)  # with a dtype, or autocast would make them fp32
     return F.dropout(weights, dropout) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """attention_formula without the (T, S) table in memory: test_fused_attention_equals_the_formula.
+    """The same, by torch's kernel, which never holds the (T, S) table of weights (Dao et al. 2022).
 
-    `is_causal` aligns query 0 with key 0, so it is right only for T = S; a single new query
-    (T = 1) sees every key of rows of equal length and needs no mask; for all else KVCache.advance makes an explicit one.
-    On a CPU in bf16 the formula itself makes a step up to a quarter faster, while the table is small.
+    Without a mask: texts from their start (T = S), which is all that `is_causal` serves, since it aligns
+    query 0 with key 0; or a single new query (T = 1), which sees every key. For all else KVCache.advance
+    makes a mask. On a CPU in bf16 the formula makes a training step up to a quarter faster, while the
+    table is small, and is used. test_fused_attention_equals_the_formula holds the two equal.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(-2) <= 512:
         return attention_formula(q, k, v, mask, dropout)
@@ -292,6 +296,11 @@ def visible(segments: Tensor) -> Tensor:
     T = segments.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
     return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+
+
+def up_to(positions: Tensor, S: int) -> Tensor:
+    """positions (B, T) → mask (B, 1, T, S): each token sees the keys from position 0 to its own."""
+    return (torch.arange(S, device=positions.device) <= positions[:, :, None])[:, None]
 
 
 def segment_positions(segments: Tensor) -> Tensor:
@@ -338,13 +347,13 @@ class KVCache:
         self.lengths += T
         mask = None
         if not alike or T not in (1, self.longest):
-            mask = (torch.arange(self.longest) <= positions[:, :, None])[:, None].to(self.keys.device)
+            mask = up_to(positions, self.longest).to(self.keys.device)
         return positions.to(self.keys.device), mask
 
     def layers(self, positions: Tensor) -> "list[LayerCache]":
         """The part of each layer, about to take new tokens at these positions."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        return [LayerCache(self.keys[i], self.values[i], rows, positions, self.longest) for i in range(len(self.keys))]
+        row = torch.arange(len(positions), device=positions.device)[:, None]
+        return [LayerCache(self.keys[i], self.values[i], row, positions, self.longest) for i in range(len(self.keys))]
 
 
 class LayerCache(NamedTuple):
@@ -352,14 +361,14 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, H, block_size, D)
     values: Tensor
-    rows: Tensor  # (B, 1) 0 … B - 1: beside positions, one place for each new token
+    row: Tensor  # (B, 1) 0 … B - 1: beside positions, one place for each new token
     positions: Tensor  # (B, T)
     end: int  # how many columns to read: to the last of them
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) at their positions; return all keys and values (B, H, S, D), without gradient."""
-        self.keys[self.rows, :, self.positions] = rearrange(k.detach(), "B H T D -> B T H D").to(self.keys.dtype)
-        self.values[self.rows, :, self.positions] = rearrange(v.detach(), "B H T D -> B T H D").to(self.keys.dtype)
+        self.keys[self.row, :, self.positions] = rearrange(k.detach(), "B H T D -> B T H D").to(self.keys.dtype)
+        self.values[self.row, :, self.positions] = rearrange(v.detach(), "B H T D -> B T H D").to(self.keys.dtype)
         return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
 

@@ -15,6 +15,7 @@ import re
 import reprlib
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -47,7 +48,7 @@ class Refused(Exception):
 # ------------------------------------------------------------------ requests
 
 
-NEUTRAL = {  # fields that are not supported, and the values beside null that leave the answer as it is
+NEUTRAL: dict[str, list] = {  # fields that are not supported, and the values beside null that leave the answer as it is
     "presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "response_format": [{"type": "text"}],
     "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
     "modalities": [[], ["text"]], "audio": [], "prediction": [], "reasoning_effort": ["none"], "verbosity": ["medium"],
@@ -148,7 +149,7 @@ EITHER = {  # what a field of several types may be
 }
 
 
-def what_is_wrong(errors: list[dict]) -> Refused:
+def what_is_wrong(errors: Sequence[dict]) -> Refused:
     """The first of pydantic's complaints in a line, without what the user wrote but for names and numbers."""
     error = errors[0]
     place = [step for step in error["loc"] if step != "body"]
@@ -411,7 +412,7 @@ class Served:
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         seed = secrets.randbits(62) if request.seed is None else request.seed
         given = request.model_dump(include={"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}, exclude_none=True)
-        choices = []
+        choices: list[Choice] = []
         for ids, echo in prompts:
             room = self.context - len(ids)
             if room < 1:

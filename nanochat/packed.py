@@ -11,9 +11,15 @@ single rows of the token table cannot be found in the head's layout, it stays be
 
 int8 rounds each weight to one of 255 steps of its row's largest; the fastest CPU kernel rounds
 the inputs of a product likewise, for that call. `python -m nanochat.evaluate` says what it costs.
+
+Compiled, the weights of a CPU's model stay as they are: the compiler writes loops that read them at
+the memory's speed (`row_product`), for one text at a time.
 """
 
+import logging
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,40 +28,44 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nanochat import InputError
-from nanochat.model import GPT
+from nanochat.model import GPT, at_least_fp32, up_to
 
 
-def ready(model: GPT, device: torch.device, dtype: torch.dtype, quantize: str = "none", compile: bool = False) -> GPT:
-    """A loaded model, in place, as sample.py and the server run it: moved, of this type, packed or compiled.
+def ready(model: GPT, device: torch.device, dtype: torch.dtype, quantize: Literal["none", "int8"] = "none", compile: bool = False) -> GPT:
+    """A loaded model, in place, as sample.py and the server run it: moved, of this type, packed, perhaps compiled.
 
-    Raises InputError where compiling gains nothing.
+    Raises InputError where compiling gains nothing, or the compiler does not work.
     """
-    if compile and device.type == "cpu" and (quantize != "none" or dtype != torch.bfloat16):
-        raise InputError("--compile on a CPU is of use to --dtype bfloat16 alone: packed, float32 and int8 are as fast without")
-    model.to(device, dtype)
-    if quantize != "none" or not compile:
-        pack(model, quantize)
+    if compile and device.type not in ("cuda", "cpu"):
+        raise InputError(f"--compile is for cuda and cpu, not for {device.type}")
+    if compile and device.type == "cpu" and quantize != "none":
+        raise InputError("--compile on a CPU is for --quantize none: int8 is faster without (benchmarks/README.md)")
+    if device.type != "cpu":
+        model.to(device, dtype)
+    pack(model, "plain" if compile and device.type == "cpu" else quantize, dtype)
     return compile_decoding(model) if compile else model
 
 
 @torch.no_grad()
-def pack(model: GPT, quantize: Literal["none", "int8"] = "none", blocks: bool = True) -> GPT:
-    """Lay out a model's weights, in place, where and as it will run: it can be neither trained nor moved afterwards.
+def pack(model: GPT, quantize: Literal["none", "int8", "plain"] = "none", dtype: torch.dtype | None = None) -> GPT:
+    """Lay out a model's weights, in place, where it will run: it can be neither trained nor moved afterwards.
 
-    On a GPU only int8 changes anything. Equal to the plain model but for rounding (int8: tests/test_packed.py has the error).
+    One matrix after another takes its dtype and its layout and lets go of the original: beside the pages of
+    the file, which the system may drop, there are never two whole models in memory. On a GPU only int8 changes
+    the layout. "plain": F.linear's, for the compiler. Equal to the plain model but for rounding
+    (int8: tests/test_packed.py has the error).
     """
-    if quantize == "none" and model.wpe.weight.device.type != "cpu":
-        return model
-    for block in model.h if blocks else ():
-        for part in (block.attn, block.mlp):
+    new_layout = quantize != "none" or model.wpe.weight.device.type == "cpu"
+    for block in model.h if new_layout else ():
+        for part in (block.get_submodule("attn"), block.get_submodule("mlp")):
             for name, child in list(part.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(part, name, packed(child.weight, child.bias, quantize))
-    if not hasattr(model, "labels"):  # a classifier has a small head of its own
-        model.wte = Table(model.wte.weight, quantize)
-        model.head = model.wte.head.forward
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # out of the file's memory, which then is given back whole
+                    setattr(part, name, packed(child.weight.to(dtype), child.bias.to(dtype), quantize))
+    if new_layout and not model.labels:  # a classifier has a small head of its own
+        table = Table(model.wte.weight.to(dtype), quantize)
+        model.wte, model.head = table, table.head.forward  # type: ignore[assignment]  # in the table's place
+    for parameter in model.to(dtype).parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)  # out of the file's memory, given back whole then
     return model
 
 
@@ -72,14 +82,28 @@ def packed(weight: Tensor, bias: Tensor | None, quantize: str) -> nn.Module:
     return Plain(weight, bias)
 
 
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """A single row x (..., K) times Wᵀ, W (N, K), in fp32 at least: the definition, for a compiler.
+
+    It makes one loop of the sum, in which each weight is read once and nothing (N, K) is written down.
+    as_strided, x repeated N times in the same memory, is of use for a side effect: the compiler then
+    works x out beforehand, and not the layer norm that x comes from anew for each of the N sums.
+    """
+    rows = at_least_fp32(x).contiguous().as_strided(weight.shape, (0, 1))
+    return (at_least_fp32(weight) * rows).sum(dim=1).view(*x.shape[:-1], -1)
+
+
 class Plain(nn.Module):
-    """x Wᵀ + b, as F.linear computes it."""
+    """x Wᵀ + b, as F.linear computes it; of a single row, in code that is compiled for a CPU, as the compiler does."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight.contiguous(), bias  # float16's kernel is many times slower on a transposed one
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+            y = row_product(x, self.weight)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -90,7 +114,9 @@ class Sliced(nn.Module):
         super().__init__()
         n, self.N = torch.get_num_threads(), weight.size(0)
         short = -self.N % n
-        self.slices = rearrange(F.pad(weight, (0, 0, 0, short)), "(n N) K -> n K N", n=n).contiguous()
+        self.slices = weight.new_zeros(n, weight.size(1), (self.N + short) // n)
+        for own, rows in zip(self.slices, weight.split(self.slices.size(2))):
+            own[:, : len(rows)] = rows.T
         self.biases = None if bias is None else rearrange(F.pad(bias, (0, short)), "(n N) -> n 1 N", n=n).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +126,7 @@ class Sliced(nn.Module):
 
 
 class Blocked(nn.Module):
-    """bfloat16: oneDNN's blocks, which torch.compile's freezing uses too."""
+    """bfloat16: oneDNN's blocks."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -112,8 +138,9 @@ class Blocked(nn.Module):
 
 def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W (N, K) → whole numbers from −127 to 127, and a scale (N, 1) for each row: W ≈ numbers · scale."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return (weight / scale).round().to(torch.int8), scale
+    scale = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True)).float().clamp(min=1e-12) / 127
+    parts = zip(weight.split(16384), scale.split(16384))  # of a table: not all of it twice more in float32
+    return torch.cat([(rows / steps).round().to(torch.int8) for rows, steps in parts]), scale
 
 
 class Int8(nn.Module):
@@ -159,15 +186,18 @@ class Int8OneDNN(nn.Module):
 class Table(nn.Module):
     """The token table: as the head, laid out like any other weight, and to look rows up in."""
 
+    rows: Tensor  # (V, C)
+    scale: Tensor | None  # (V, 1), of int8
+
     def __init__(self, table: Tensor, quantize: str):
         super().__init__()
         self.dtype, self.head = table.dtype, packed(table, None, quantize)
         self.rows, self.scale = int8(table) if quantize == "int8" else (table, None)
         if isinstance(self.head, Sliced):
-            self.rows = None
+            del self.rows  # they are read from the head's layout
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.rows is None:
+        if isinstance(self.head, Sliced):
             slices = self.head.slices  # (n, C, V/n)
             return slices[tokens // slices.size(2), :, tokens % slices.size(2)]
         rows = F.embedding(tokens, self.rows)
@@ -175,28 +205,56 @@ class Table(nn.Module):
 
 
 def compile_decoding(model: GPT) -> GPT:
-    """Compile the step of one new token a row, in place; prompts are read as before. The first steps then take half a minute.
+    """Compile the step of one new token, in place; prompts are read as before. It takes up to half a minute, on a GPU for each number of texts.
 
-    On a CPU (bfloat16) the weights of the blocks become constants, which the compiler lays out itself, as `Blocked` does.
-    On a GPU the step is recorded as a CUDA graph, for which the cache must lie still: all of it is read, behind a mask.
+    Raises InputError where it does not work. torch keeps the code of a few models a process; a further one runs uncompiled.
     """
-    cuda = model.wpe.weight.device.type == "cuda"
-    if not cuda:
-        pack(model.requires_grad_(False), blocks=False)
-    plain, fast = model.blocks, torch.compile(model.blocks, options={"triton.cudagraphs": cuda})
+    print("compiling the step of one token: half a minute the first time, less later", file=sys.stderr, flush=True)
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # one line says enough of a failure
+    ends = r"L\['caches'\]\[\d+\]\.end"  # any number of earlier tokens, from the first code on
+    try:
+        (compile_as_graph if model.wpe.weight.device.type == "cuda" else compile_as_loops)(model.eval())
+        cache = model.new_cache(1)
+        with torch.inference_mode(), torch.compiler.config.patch(dynamic_sources=ends):  # type: ignore[attr-defined]
+            for _ in range(min(3, model.config.block_size)):
+                model.head(model.features(torch.tensor([[0]], device=cache.keys.device), cache=cache)[:, -1])
+    except Exception as error:  # a missing compiler, one that torch does not know, … raise a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--compile does not work here: {reason}") from error
+    return model
 
-    def blocks(x: Tensor, mask: Tensor | None, caches: list | None) -> Tensor:
+
+def compile_as_loops(model: GPT) -> None:
+    """On a CPU: the step of a single text as the compiler's own loops (`row_product`). Several go through F.linear.
+
+    So do a text's first token and the one that fills the block, each of which would be compiled by itself.
+    """
+    blocks, fast, head, fast_head = model.blocks, torch.compile(model.blocks), model.head, torch.compile(model.head)
+
+    def blocks_of_one(x: Tensor, mask: Tensor | None, caches: Sequence | None) -> Tensor:
+        """GPT.blocks: compiled for one new token of one text, else plain."""
+        one = caches and x.size(0) * x.size(1) == 1 and 1 < caches[0].end < model.config.block_size
+        return (fast if one else blocks)(x, mask, caches)
+
+    def head_of_one(x: Tensor) -> Tensor:
+        """GPT.head: compiled for one row, else plain."""
+        return fast_head(x.flatten()).view(*x.shape[:-1], -1) if x.numel() == x.size(-1) else head(x)
+
+    model.blocks, model.head = blocks_of_one, head_of_one
+
+
+def compile_as_graph(model: GPT) -> None:
+    """On a GPU: the step of one new token a row as a CUDA graph, for which the cache must lie still: all of it is read, behind a mask."""
+    plain, fast = model.blocks, torch.compile(model.blocks, options={"triton.cudagraphs": True})
+
+    def blocks(x: Tensor, mask: Tensor | None, caches: Sequence | None) -> Tensor:
         """GPT.blocks: compiled for one new token a row, else plain."""
         if not caches or x.size(1) > 1:
             return plain(x, mask, caches)
-        if not cuda:
-            with torch._inductor.config.patch(freezing=True):  # a setting of each thread
-                return fast(x, mask, caches)
         for cache in caches:
             torch._dynamo.mark_static_address(cache.keys)
             torch._dynamo.mark_static_address(cache.values)
-        mask = (torch.arange(model.config.block_size, device=x.device) <= caches[0].positions[:, :, None])[:, None]
+        mask = up_to(caches[0].positions, model.config.block_size)
         return fast(x, mask, [cache._replace(end=model.config.block_size) for cache in caches]).clone()  # out of the graph's memory
 
     model.blocks = blocks
-    return model

@@ -6,6 +6,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 from nanochat import splits
 from nanochat.classifier import Labelled
@@ -35,7 +36,7 @@ def about_texts(train: list[Labelled], tokenizer: Tokenizer) -> dict:
     return {"labels": dict(Counter(label for _, label in train).most_common()), "lengths": lengths}
 
 
-def about(parts: dict[str, list], text: Callable[[object], str], rows: Rows, counted: dict) -> dict:
+def about(parts: dict[str, list], text: Callable[[Any], str], rows: Rows, counted: dict) -> dict:
     """All that `summary` says, ready for report.json. parts: name → examples, of which the first is the training split."""
     (first, train), *others = parts.items()
     texts = list(map(text, train))

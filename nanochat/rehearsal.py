@@ -1,8 +1,8 @@
 """Before the first step: what a run will take, in memory, time and disk, and whether it is there.
 
-`rehearse` takes a few steps that change nothing. They tell how long a step is (which turns
---max-minutes into a number of steps, once, so that a resumed run has the same schedule), whether
-the compiler works, and whether it pays. What does not fit stops here, with the settings that do,
+`rehearse` takes a few steps that change nothing. They tell how long a step is (of which
+training.steps_in makes a number of steps, once, so that a resumed run has the same schedule),
+whether the compiler works, and whether it pays. What does not fit stops here, with the settings that do,
 and not after an hour, in a traceback or by the kernel's hand.
 """
 
@@ -43,7 +43,8 @@ def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch
     random_state, mode = rng_state(device), model.training
     model.train()
     timed = partial(time_steps, optimizer=optimizer, batch=batch, micro_steps=micro_steps, dtype=dtype, seconds=seconds)
-    network, micro_step, step = model, math.inf, math.inf
+    network: nn.Module | None = model
+    micro_step = step = math.inf
     try:
         if compiling != "yes":
             micro_step, step = timed(model)
@@ -101,7 +102,7 @@ def graphs() -> int:
 def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype,
                seconds: float) -> tuple[float, float]:
     """Median seconds of a micro-step and of a step, over all processes and about `seconds`."""
-    rounds: list[tuple[float, float]] = []
+    rounds: list[tuple[float, ...]] = []
     while len(rounds) < 3 or (sum(step for _, step in rounds) < seconds and len(rounds) < 12):
         micro_step, update = one_round(network, optimizer, batch, dtype)
         sums = processes.sum_over_ranks(micro_step, micro_steps * micro_step + update)  # all of them take as many rounds
@@ -161,7 +162,7 @@ def what_fits(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torc
     """The largest smaller pair, found by trying."""
     for size, more in smaller(len(batch.inputs), micro_steps):
         try:
-            one_round(model, optimizer, Batch(*(None if x is None else x[:size] for x in batch)), dtype)
+            one_round(model, optimizer, Batch._make(None if x is None else x[:size] for x in batch), dtype)
             return size, more
         except Exception as error:
             if not out_of_memory(error):
@@ -186,7 +187,7 @@ def memory_needed(model: GPT, optimizer, tokens: int, masked: bool, dtype: torch
         model.recompute = True
     per_row = 1.7 * (two - one) + 5 * block_of_a_row + 4 * masked * model.config.n_layer * tokens**2
     fixed = sum(4 * p.numel() * (2 if p.requires_grad else 1) for p in model.parameters()) + optimizer_bytes(optimizer)
-    chunk = 4 * (len(model.labels) if hasattr(model, "labels") else model.config.vocab_size) * LOSS_CHUNK  # fp32 logits
+    chunk = 4 * (len(model.labels) if model.labels else model.config.vocab_size) * LOSS_CHUNK  # fp32 logits
     return lambda rows: fixed + 2 * one - two + per_row * rows + 5 * chunk * min(1, rows * tokens / LOSS_CHUNK)
 
 

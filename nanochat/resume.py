@@ -1,7 +1,7 @@
 """How a run goes on as if it had never stopped: its state beside the weights, and what may change meanwhile.
 
 `snapshot` takes all that a step depends on, `restore` puts it back; runs.py keeps it, as resume/state.pt of a step.
-`settings_to_resume` refuses by name what would make it another run, and `take_up` other texts; of another machine
+`settings_to_resume` refuses by name what would make it another run, and `meet_conditions` other texts; of another machine
 it says what differs.
 """
 
@@ -77,22 +77,30 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     parse(default=…) parses the command line again over other defaults. InputError names each flag
     that would make it another run.
     """
-    try:  # flags stand at False here: a default of True would change their names
-        saved = resume["conditions"]["settings"]
-        resume["conditions"]["processes"]  # versions before did not note it
-        began = from_plain(settings, saved | {"out": settings.out, "resume": False, "overwrite": False})
-        began.training.recompute = False
+    try:
+        values = resume["conditions"]["settings"] | {"out": settings.out, "resume": False, "overwrite": False}
+        began, default = from_plain(settings, values), from_plain(settings, switched_off(values))
+        if "processes" not in resume["conditions"]:  # which the first versions did not note
+            raise KeyError("processes")
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
-    now = parse(default=began)
-    now.training.recompute |= saved["training"]["recompute"]
+    now = parse(default=default)
+    for name, value in flat(values).items():
+        for part in (now, now.training):
+            if value is True and hasattr(part, name):
+                setattr(part, name, True)
     before, after = (flat(asdict(s)) for s in (began, now))
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
                for name in after if name not in FREE and after[name] != before[name]]
     if changed:
         raise InputError(f"--resume: {', '.join(changed)} would make it another run; leave it out, or start one with --init")
     return now
+
+
+def switched_off(values: dict) -> dict:
+    """The same with each True at False: a flag that is on by default would have another name on the command line."""
+    return {name: switched_off(value) if isinstance(value, dict) else value is not True and value for name, value in values.items()}
 
 
 def from_plain(like, values: dict):
@@ -110,7 +118,7 @@ def flat(values: dict) -> dict:
     return {key: item for name, value in values.items() for key, item in (flat(value) if isinstance(value, dict) else {name: value}).items()}
 
 
-def take_up(saved: dict, device: torch.device, texts: str) -> None:
+def meet_conditions(saved: dict, device: torch.device, texts: str) -> None:
     """Meet the conditions under which a run was saved, as far as this machine can; say what differs."""
     if texts != saved["texts"]:
         raise InputError("--resume: the training data, or the held-out data, is not what the run began with; "

@@ -47,7 +47,7 @@ REPORTS = ("metrics.jsonl", "loss.png", "report.md", "report.json", "lengths.png
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 def open_run(out: Path, resume: bool, overwrite: bool) -> tuple[Path | None, dict | None]:
@@ -90,11 +90,11 @@ def newest_sound(out: Path) -> tuple[Path, dict]:
     else:
         reason = next(iter(damaged.values()), "no step is saved")
         raise InputError(f"--resume: {out} has no sound checkpoint ({reason}); --overwrite starts anew")
-    for step, error in damaged.items():
+    for step, trouble in damaged.items():
         aside = step.with_name(f"damaged-{step.name}")
         remove(aside)
         os.replace(step, aside)
-        print(f"{error}\nmoved to {aside}; going on from the step before", file=sys.stderr)
+        print(f"{trouble}\nmoved to {aside}; going on from the step before", file=sys.stderr)
     return folder, state
 
 

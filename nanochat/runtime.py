@@ -152,7 +152,7 @@ _received: list[int] = []
 def signals_wait() -> Iterator[None]:
     """While this is open, the first SIGINT (Ctrl-C) or SIGTERM only shows in signal_received(); the next one acts."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {}
+    handlers: dict = {}
 
     def put_back() -> None:
         for number, handler in handlers.items():

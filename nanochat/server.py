@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -128,7 +128,8 @@ def create_app(served: Served, batcher: Batcher, key: str | None = None, request
             first = await anext(steps)
             headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # a proxy passes on each event at once
             return StreamingResponse(events(order, first, steps, record), 200, headers, "text/event-stream")
-        texts, entries = [""] * len(order.choices), [[] for _ in order.choices]
+        texts = [""] * len(order.choices)
+        entries: list[list[Entry]] = [[] for _ in order.choices]
         async for choice, piece, certain in steps:
             texts[choice.index] += piece
             entries[choice.index] += certain
@@ -156,12 +157,13 @@ def create_app(served: Served, batcher: Batcher, key: str | None = None, request
 
 
 async def make(request: Request, order: Order, batcher: Batcher, seconds: float, record: Record,
-               meters: Meters) -> AsyncIterator[tuple[Choice, str, list[Entry]]]:
+               meters: Meters) -> AsyncGenerator[tuple[Choice, str, list[Entry]]]:
     """Have an order's texts made; yields what each step makes certain.
 
     Raises Refused where there is no room, no time, or the model fails, and Gone.
     """
-    loop, heard, began = asyncio.get_running_loop(), asyncio.Queue(), time.monotonic()
+    loop, began = asyncio.get_running_loop(), time.monotonic()
+    heard: asyncio.Queue = asyncio.Queue()
 
     def job(choice: Choice) -> Job:
         def send(item) -> None:
@@ -222,7 +224,7 @@ def why_it_ended(error: Exception, seconds: float, record: Record) -> Exception:
     return Refused(500, str(error) if known else "the model failed; the server's log says where")
 
 
-async def events(order: Order, first: tuple, rest: AsyncIterator, record: Record) -> AsyncIterator[bytes]:
+async def events(order: Order, first: tuple, rest: AsyncGenerator, record: Record) -> AsyncIterator[bytes]:
     """The server-sent events of a stream: chunks, or an error, and [DONE]."""
     async with aclosing(rest):
         for choice in order.choices:
@@ -252,7 +254,7 @@ def read_page() -> tuple[bytes, dict[str, str]]:
     page = Path(__file__).with_name("chat.html").read_bytes().replace(b"\r\n", b"\n")  # browsers hash it so
 
     def hash_of(tag: bytes) -> str:
-        text = re.search(rb"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)[1]
+        [text] = re.findall(rb"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
 
     policy = (f"default-src 'none'; script-src {hash_of(b'script')}; style-src {hash_of(b'style')}; connect-src 'self'; "
@@ -261,14 +263,14 @@ def read_page() -> tuple[bytes, dict[str, str]]:
 
 
 # for /openapi.json
-ERROR = {"content": {"application/json": {"schema": {
+ERROR: dict = {"content": {"application/json": {"schema": {
     "type": "object", "required": ["error"], "properties": {"error": {
         "type": "object", "required": ["message", "type", "param", "code"], "properties": {
             "message": {"type": "string"}, "type": {"type": "string"},
             "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}}}}
-ERRORS = {"4XX": {"description": "The request is wrong, not allowed, too large, too slow, or one too many"} | ERROR,
+ERRORS: dict[int | str, dict] = {"4XX": {"description": "The request is wrong, not allowed, too large, too slow, or one too many"} | ERROR,
           "5XX": {"description": "The model failed (500), the server shuts down (503), the time is over (504)"} | ERROR}
-ANSWER = {200: {"description": "The answer; with stream: true, its chunks", "content": {
+ANSWER: dict[int | str, dict] = {200: {"description": "The answer; with stream: true, its chunks", "content": {
     "application/json": {"schema": {"type": "object", "required": ["id", "object", "created", "model", "choices", "usage"]}},
     "text/event-stream": {}}}}
 
@@ -354,7 +356,7 @@ def main() -> None:
     add("--device", default="auto", help="cuda, cpu, cuda:1, …")
     add("--dtype", choices=runtime.DTYPES, default="float32", help="type of the weights (default: float32)")
     add("--quantize", choices=["none", "int8"], default="none", help="int8: a quarter of the size, faster, a little less exact")
-    add("--compile", action="store_true", help="compile the steps of one token; on a CPU of use to bfloat16 alone")
+    add("--compile", action="store_true", help="compile the steps of one token: half a minute at the start, then faster (on a CPU, one text at a time)")
     add("--rows", type=int, default=8, help="texts made at once (default: 8)")
     add("--queue", type=int, default=64, help="texts that may wait; one more gets 429 (default: 64)")
     add("--max-tokens", type=int, default=1024, help="most that a request may ask for (default: 1024)")
@@ -381,6 +383,7 @@ def main() -> None:
         where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings are of clients that left
         with_key = "key needed" if key else "no key"
+        bound.listen(MOST_CONNECTIONS)  # who follows the next line at once waits a moment, and is not refused
         print(f"{name}: chat at {where}, API at {where}/v1, {with_key}", file=sys.stderr, flush=True)
         server.run(sockets=[bound])
     if server.received:

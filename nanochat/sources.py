@@ -16,13 +16,13 @@ import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from hashlib import sha256
+from io import BufferedIOBase
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
 from xml.etree import ElementTree
 
 from tqdm import tqdm
@@ -56,7 +56,8 @@ def documents(source: str | Path, *, workers: int | None = None) -> Iterator[tup
                 found += 1
                 bar.set_postfix(documents=found, refresh=False)
                 # to UTF-8 and back: half a surrogate pair, possible in JSON, becomes "?"
-                yield tuple(part.encode("utf-8", "replace").decode("utf-8") for part in (title, text))
+                title, text = (part.encode("utf-8", "replace").decode("utf-8") for part in (title, text))
+                yield title, text
     if not found:
         raise InputError(f"{source}: no document with text in it")
 
@@ -108,7 +109,7 @@ def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterato
             raise InputError(f"{path}: a process that cleans it died (of memory?); try --workers 1") from error
 
 
-def _plain_text(file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+def _plain_text(file: BufferedIOBase, name: str) -> Iterator[tuple[str, str]]:
     """Pieces of at most 2 · PIECE bytes, cut at a blank line, else a line, else a character."""
     position, line, rest = 0, 1, b""
     while (chunk := file.read(PIECE)) or rest:
@@ -138,10 +139,10 @@ def json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise InputError(f"{where}: not a JSON object ({reason})") from error
         seen = reprlib.repr(list(record)) if isinstance(record, dict) else type(record).__name__
-        if not isinstance(record, dict) or not isinstance(text := record.get("text", _said(record)), str):
+        if not isinstance(record, dict) or not isinstance(said := record.get("text", _said(record)), str):
             raise InputError(f'{where}: must be an object whose "text" is a string, not {seen}')
         title = record.get("title")
-        yield str(title) if title and isinstance(title, (str, int)) else where, text
+        yield str(title) if title and isinstance(title, (str, int)) else where, said
 
 
 def _said(record: dict) -> str | None:
@@ -166,24 +167,25 @@ def _read_hub(source: Path) -> Iterator[tuple[str, str]]:
     yield from json_lines((json.dumps(row, default=str).encode("ascii") for row in rows), str(source))
 
 
-def _wikipedia(file: BinaryIO, workers: int | None) -> Iterator[tuple[str, str]]:
+def _wikipedia(file: BufferedIOBase, workers: int | None) -> Iterator[tuple[str, str]]:
     """The cleaned articles of a dump: namespace 0, no redirects, no disambiguation pages."""
     articles = wikitext.articles(file)
     for title, markup in islice(articles, ALONE if workers != 1 else None):
         yield title, wikitext.clean(markup)
     # "spawn", since a forked copy of a process with threads (torch, tokenizers) may hang. A queue,
     # since Executor.map would read the whole dump before the first result.
-    context, queue = multiprocessing.get_context("spawn"), deque()
+    context = multiprocessing.get_context("spawn")
+    queue: deque[tuple[str, Future[str]]] = deque()
     pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _follow_parent)
     try:
         for title, markup in articles:
             with _interrupts_wait():
                 queue.append((title, pool.submit(wikitext.clean, markup)))
             if len(queue) == QUEUE:
-                title, text = queue.popleft()
-                yield title, text.result()
-        for title, text in queue:
-            yield title, text.result()
+                title, future = queue.popleft()
+                yield title, future.result()
+        for title, future in queue:
+            yield title, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -210,20 +212,27 @@ def _follow_parent() -> None:
     """In a worker: leave Ctrl-C to the parent, and end when it does, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def local(source: str | Path, folder: Path) -> str | Path:
     """`source`, or the file in `folder` to which this URL was downloaded, now or earlier."""
-    if not re.match("https?://", str(source)):
+    url = str(source)
+    if not re.match("https?://", url):
         return source
-    file = Path(urllib.parse.urlparse(source).path).name or "download"
-    target = folder / f"{sha256(str(source).encode()).hexdigest()[:8]}-{file}"  # two sites may use one file name
+    name = Path(urllib.parse.urlparse(url).path).name or "download"
+    target = folder / f"{sha256(url.encode()).hexdigest()[:8]}-{name}"  # two sites may use one file name
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
-    request = urllib.request.Request(source, headers={"User-Agent": "nanochat-gpt2"})
+    request = urllib.request.Request(url, headers={"User-Agent": "nanochat-gpt2"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response, open(partial, "wb") as file:
             size = int(response.headers.get("Content-Length") or 0)

@@ -59,7 +59,8 @@ def seen_in_training(train: Iterable[str], held_out: Sequence[str]) -> tuple[int
     places = defaultdict(list)
     for number, text in enumerate(held_out):
         places[text].append(number)
-    exact, near = set(), set()
+    exact: set[int] = set()
+    near: set[int] = set()
     for text in tqdm(train, "looking for duplicates", leave=False, unit="text", delay=2, disable=None):
         exact.update(places.get(text, ()))
         pieces = sketch(text)

@@ -4,6 +4,8 @@ finetune.py is written once; a task says how its examples are read, what of them
 outcome is measured and what is shown of it.
 """
 
+from typing import Any
+
 from nanochat import InputError, classifier, dialogue, evaluate, formats, preview, records
 from nanochat.classifier import GPTClassifier, Labelled
 from nanochat.formats import Conversation
@@ -14,7 +16,7 @@ from nanochat.tokenizer import Tokenizer
 PROMPTS = 5  # held-out first turns that are answered at each evaluation
 
 
-class Chat:
+class ChatTask:
     """Learn the assistant's part of conversations."""
 
     examples = "conversations"
@@ -25,8 +27,6 @@ class Chat:
         """The model to train."""
         if isinstance(model, GPTClassifier):
             raise InputError("--init is a classifier: its head gives labels, not text; start from the model that it came from")
-        if balance:
-            raise InputError("--balance is for --task classify")
         return model
 
     def rows(self, examples: list[Conversation], model: GPT, tokenizer: Tokenizer, block_size: int) -> Rows:
@@ -55,7 +55,7 @@ class Chat:
         return evaluate.about_replies(result["replies"])
 
 
-class Classify:
+class ClassifyTask:
     """Learn the labels of texts."""
 
     examples = "labelled texts"
@@ -100,4 +100,4 @@ class Classify:
         return f"the accuracy of always saying the commonest label: {result['majority']:.3f}"
 
 
-TASKS = {"chat": Chat, "classify": Classify}
+TASKS: dict[str, Any] = {"chat": ChatTask, "classify": ClassifyTask}  # Any: each takes the models of its kind

@@ -14,10 +14,11 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from nanochat import InputError, formats
 from nanochat.checkpoint import one_line, write_json
@@ -75,7 +76,7 @@ class Talk:
             raise InputError(f"/{name} takes nothing after it")
         getattr(self, name)(*rest)
 
-    def answer(self, pieces: Iterator[str]) -> None:
+    def answer(self, pieces: Generator[str]) -> None:
         """Show a reply as it comes, and then what is to be said of it; Ctrl-C ends the reply alone."""
         start, before = time.perf_counter(), self.chat.messages
         with closing(pieces):
@@ -135,10 +136,11 @@ class Talk:
     def save(self, name: str = "") -> None:
         """Write the conversation, whole or not at all, over nothing but its own file."""
         self.need_exchange()
-        if not name and not self.file:
+        file = name or self.file
+        if not file:
             raise InputError("/save FILE: into which file?")
-        with trouble_with(name or str(self.file)):
-            path = Path(name).expanduser().resolve() if name else self.file
+        with trouble_with(str(file)):
+            path = Path(file).expanduser().resolve()
             if path.exists() and path != self.file:
                 raise InputError(f"{path} exists, and is not this conversation: name another file")
             temporary = path.with_name(f".tmp-{path.name}")
@@ -177,7 +179,7 @@ class Talk:
 
 def changed(config: SampleConfig, text: str) -> SampleConfig:
     """The settings after a change such as "temperature 0.5 stop '###'"; InputError says what is allowed."""
-    kinds = {field.name: field.type for field in fields(config)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(config)}
     try:
         words = shlex.split(text)
     except ValueError:

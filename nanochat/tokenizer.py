@@ -249,7 +249,7 @@ class Tokenizer:
         template = read_template(folder)
         try:
             merges = [_printable_merge(m.split(" ") if isinstance(m, str) else m) for m in merges]
-            tokenizer = cls(merges, sorted(control, key=control.get), template)
+            tokenizer = cls(merges, sorted(control, key=control.__getitem__), template)
         except (InputError, UnicodeEncodeError) as error:  # the second: half a surrogate pair in a name
             raise InputError(f"{path}: {error}") from None
         ours = {_printable(token): i for i, token in enumerate(tokenizer.token_bytes[:text_tokens])}
@@ -265,10 +265,11 @@ class Tokenizer:
 def read_template(folder: Path) -> str | None:
     """The folder's chat template if it is ours; newer versions of transformers keep it in a file of its own."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = None
     if file.exists():
         template = file.read_text(encoding="utf-8", errors="replace")
-    else:
-        template = read_json(config).get("chat_template") if config.exists() else None
+    elif config.exists():
+        template = read_json(config).get("chat_template")
     if template not in (None, CHAT_TEMPLATE):
         print(f"{folder}: its chat template is not {TEMPLATE_NAME}; left out", file=sys.stderr)
         return None
@@ -352,7 +353,8 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="UTF-8 text files: the training split only")
     parser.add_argument("--vocab-size", type=int, default=8192, help="ids in all (default: 8192)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parser.parse_args()
 
     def chunks():  # bounded memory, whatever the file size; a cut costs at most one merge

@@ -27,7 +27,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nanochat import InputError, processes, rehearsal, runs, runtime
 from nanochat.metrics import MetricsLog, draw_losses
 from nanochat.model import GPT, IGNORED, Batch, forward_flops
-from nanochat.resume import Progress, restore, settings_to_resume, snapshot, take_up
+from nanochat.resume import Progress, meet_conditions, restore, settings_to_resume, snapshot
 from nanochat.runtime import autocast
 from nanochat.tokenizer import Tokenizer
 
@@ -48,16 +48,18 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
     evaluate() → at least {"val_loss"}; sample() → prompts and what the model makes of them; settings: what
     to save beside the weights; held_out: fingerprint of what evaluate() reads; resume: the state of a
-    checkpoint of the same run, without which an earlier run in `out` is deleted. The first SIGINT
-    or SIGTERM ends the run after the step that it meets, saved: runtime.Stopped is raised.
+    checkpoint of the same run, or None to start anew, which deletes an earlier run in `out`. The first
+    SIGINT or SIGTERM ends the run after the step that it meets, saved: runtime.Stopped is raised.
     """
     model.to(device)
     model.recompute = config.recompute
     world_size = processes.world_size()
-    optimizer = build_optimizer(model, config)
+    optimizer: Any = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network, progress, record, conditions = begin(
         model, optimizer, scaler, data, held_out, config, out, settings, dtype, resume)
+    if not resume:
+        runs.clear(out)  # of an earlier run, now that all is ready
     peak = runtime.product_speed(device, dtype) * world_size  # FLOP/s of all processes
     model.train()
     batches, supervised = draw(data, progress.examples, config, device)
@@ -65,9 +67,9 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
           tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10) as bar):
         while True:
-            # A checkpoint is written before its evaluation, and what follows a save stands here, so
-            # that a run killed in between resumes with it.
-            if record:
+            # What follows a step stands here, before the next one. A checkpoint is written before its
+            # evaluation; a run that is killed between the two evaluates when it is resumed.
+            if record:  # of the step just done; none before the first, and after one that was skipped
                 if evaluation_due(progress, config):
                     results = evaluate()
                     best = note_evaluation(progress, results["val_loss"])
@@ -80,9 +82,9 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
                 break
 
             started = time.perf_counter()
-            rate = learning_rate_factor(progress.step, progress.max_steps, config.warmup_steps)
+            learning_rate = config.learning_rate * learning_rate_factor(progress.step, progress.max_steps, config.warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
+                group["lr"] = learning_rate
 
             step_loss = 0.0
             for batch in batches:
@@ -96,25 +98,27 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
             scaler.unscale_(optimizer)  # before clipping: the norm must not depend on the scale
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            tokens = sum(batch.inputs.numel() for batch in batches)
-            flops = sum(training_flops(model, batch) for batch in batches)
-            loss_value, tokens, flops = processes.sum_over_ranks(step_loss.item(), tokens, flops)
+            loss_value, tokens, flops = processes.sum_over_ranks(
+                float(step_loss),
+                sum(batch.inputs.numel() for batch in batches),  # padding is work too
+                sum(training_flops(model, batch) for batch in batches))
             norm_value = grad_norm.item()
-            stop_if_not_finite(loss_value, norm_value, rate * config.learning_rate, progress, scaler, batches, tokenizer)
+            stop_if_not_finite(loss_value, norm_value, learning_rate, progress, scaler, batches, tokenizer)
             scale = scaler.get_scale()
             scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed …
             scaler.update()  # … and then halves the scale
             optimizer.zero_grad(set_to_none=True)
             batches, supervised = next_step
             if scaler.get_scale() < scale:
-                progress.skipped_in_a_row, record = progress.skipped_in_a_row + 1, {}
+                progress.skipped_in_a_row += 1
+                record = None
                 continue  # the schedule does not advance
             progress.skipped_in_a_row = 0
             progress.step += 1
 
             seconds = time.perf_counter() - started
             progress.seconds += seconds
-            record = dict(step=progress.step, loss=loss_value, learning_rate=rate * config.learning_rate, grad_norm=norm_value,
+            record = dict(step=progress.step, loss=loss_value, learning_rate=learning_rate, grad_norm=norm_value,
                           tokens_per_second=tokens / seconds, mfu=flops / seconds / peak, seconds=progress.seconds)
             stop_signal = runtime.signal_received()
             if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
@@ -232,13 +236,15 @@ class Examples(Protocol):
 # ------------------------------------------------------------------ before the first step
 
 
-def set_up(settings, parse: Callable, minutes: float) -> tuple:
+def set_up(settings, parse: Callable, minutes: float, writes: bool = True) -> tuple:
     """How both scripts begin: look at the run folder, complete the settings, choose device and precision.
 
-    → (settings, the step folder and the state to resume from or None twice, device, dtype). settings: the dataclass of
-    a script, as parse() gave it; minutes: the length of a run that names none.
+    → (settings, the step folder to resume from and its state, device, dtype); a run that starts anew has None for
+    these two. settings: the dataclass of a script, as parse() gave it; minutes: the length of a run that names none;
+    writes: False if nothing will be written, so that the run folder may hold another run.
     """
-    step, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, settings.overwrite))
+    overwrite = settings.overwrite or not (writes or settings.resume)
+    saved, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, overwrite))
     if state:
         settings = settings_to_resume(settings, state, parse)
     config = settings.training = settings.training.completed(minutes)
@@ -246,15 +252,15 @@ def set_up(settings, parse: Callable, minutes: float) -> tuple:
     runtime.keep_freed_memory()
     device = runtime.pick_device(config.device)
     dtype = processes.from_rank_0(lambda: runtime.pick_dtype(state["conditions"]["dtype"] if state else config.dtype, device))
-    return settings, step, state, device, dtype
+    return settings, saved, state, device, dtype
 
 
 def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, held_out: str, config: TrainConfig, out: Path,
-          settings: dict, dtype: torch.dtype, resume: dict | None) -> tuple[torch.nn.Module, Progress, dict, dict]:
+          settings: dict, dtype: torch.dtype, resume: dict | None) -> tuple[Any, Progress, dict | None, dict]:
     """Rehearse, then start or go on: → (the network that steps, progress, the last step's record, conditions).
 
-    conditions: all that must be equal for a resumed run to be the same run. The report is printed
-    and, unless it is resumed, an earlier run in `out` deleted: now that all is ready.
+    Does the run fit disk and memory, how long does a step take, and is it faster compiled? What came of it is
+    printed. conditions: all that must be equal for a resumed run to be the same run.
     """
     device, micro_steps = model.wpe.weight.device, config.accumulate // processes.world_size()
     disk = rehearsal.checkpoint_bytes(model, optimizer)
@@ -265,24 +271,23 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
         memory = rehearsal.check_memory(model, optimizer, config.batch_size, data.block_size, masked, micro_steps, dtype)
     texts = f"{data.fingerprint} {held_out}"
     if resume:
-        take_up(resume["conditions"], device, texts)
+        meet_conditions(resume["conditions"], device, texts)
     batch = data.batch([i % len(data) for i in range(config.batch_size)]).to(device)
     compiling = config.compile
     if resume:
         compiling = "yes" if resume["conditions"]["compiled"] else "no"
-    one_percent = 0.6 * (config.max_minutes or 2)  # of the minutes, in seconds
+    time_to_spend = 0.01 * 60 * (config.max_minutes or 2)  # seconds, on the trial steps
 
-    def length(seconds: float) -> float:
-        return seconds * steps_in(config, seconds, len(data))
+    def run_seconds(step_seconds: float) -> float:
+        return step_seconds * steps_in(config, step_seconds, len(data))
 
     print("trying a few steps: do they fit, and how long do they take?", file=sys.stderr)
-    network, seconds = rehearsal.rehearse(model, optimizer, batch, micro_steps, dtype, compiling, one_percent, length)
+    network, seconds = rehearsal.rehearse(model, optimizer, batch, micro_steps, dtype, compiling, time_to_spend, run_seconds)
     if resume:
         progress, record = restore(resume, model, optimizer, scaler)
     else:
-        progress, record = Progress(steps_in(config, seconds, len(data))), {}
+        progress, record = Progress(steps_in(config, seconds, len(data))), None
         torch.manual_seed(1_000_003 * (config.seed + 1) + processes.rank())  # for dropout: each process drops others
-        runs.clear(out)
     conditions = {
         "settings": json.loads(json.dumps(settings, default=str)),
         "device": str(device),
@@ -293,12 +298,12 @@ def begin(model: GPT, optimizer, scaler: torch.amp.GradScaler, data: Examples, h
         "texts": texts,
     }
     memory = memory or torch.cuda.max_memory_allocated(device)
-    print(report(model, data, config, progress, conditions, seconds, memory, disk), file=sys.stderr)
+    print(announcement(model, data, config, progress, conditions, seconds, memory, disk), file=sys.stderr)
     return network, progress, record, conditions
 
 
-def report(model: GPT, data: Examples, config: TrainConfig, progress: Progress, conditions: dict, seconds_per_step: float,
-           memory: int, disk: int) -> str:
+def announcement(model: GPT, data: Examples, config: TrainConfig, progress: Progress, conditions: dict, seconds_per_step: float,
+                 memory: int, disk: int) -> str:
     """What is about to happen: settings, size, length, what was chosen, and what it will take."""
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = config.batch_size * config.accumulate
@@ -405,7 +410,7 @@ def training_flops(model: GPT, batch: Batch) -> int:
 
     A frozen matrix needs no gradient of its own: one product less. (A label head is too small to count.)
     """
-    supervised = 0 if hasattr(model, "score") else int((batch.targets != IGNORED).sum())
+    supervised = 0 if model.labels else int((batch.targets != IGNORED).sum())
     blocks = list(model.h.parameters())
     learning = sum(p.numel() for p in blocks if p.requires_grad) / sum(p.numel() for p in blocks)
     return int((2 + learning) * forward_flops(model.config, batch.inputs.numel(), supervised, batch.inputs.size(1)))
@@ -440,11 +445,12 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | 
     would shrink the rare ones. Muon's update is scaled to AdamW's root mean square (0.2), so that
     one rate serves both.
     """
+    for p in model.parameters():
+        p.data = p.data.contiguous()  # those that a GPT-2 file has transposed, too
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     in_matrices = [name for name, p in learning.items() if name.startswith("h.") and p.dim() == 2]
-    peak = {"peak_lr": config.learning_rate}
-    matrices = peak | {"params": [learning.pop(name) for name in in_matrices], "weight_decay": config.weight_decay}
-    others = peak | {"params": list(learning.values()), "weight_decay": 0.0}
+    matrices = {"params": [learning.pop(name) for name in in_matrices], "weight_decay": config.weight_decay}
+    others = {"params": list(learning.values()), "weight_decay": 0.0}
     adamw = partial(torch.optim.AdamW, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     if config.optimizer == "adamw":
         return adamw([matrices, others])
@@ -460,11 +466,11 @@ class MuonAndAdamW:
         self.param_groups = [group for part in parts for group in part.param_groups]
 
     def step(self) -> None:
-        """One update by each."""
+        """An update of all parameters, each by the optimizer that has it."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of all parameters."""
+        """Forget the gradients of all parameters."""
         for part in self.parts:
             part.zero_grad(set_to_none)

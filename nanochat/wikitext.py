@@ -12,7 +12,7 @@ Sources: the export format, mediawiki.org/wiki/Help:Export; en.wikipedia.org/wik
 import html
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from io import BufferedIOBase
 from xml.etree import ElementTree
 
 LISTS = (  # sections without prose
@@ -88,7 +88,7 @@ def clean(wikitext: str) -> str:
     return html.unescape(STRAY.sub("", wikitext)).replace("\xa0", " ").strip()
 
 
-def articles(file: BinaryIO) -> Iterator[tuple[str, str]]:
+def articles(file: BufferedIOBase) -> Iterator[tuple[str, str]]:
     """(title, wikitext) of a dump's articles: namespace 0, no redirects, no disambiguation pages.
 
     Raises ElementTree.ParseError for broken XML. Memory stays bounded whatever the dump's size.

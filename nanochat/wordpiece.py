@@ -22,6 +22,7 @@ import hashlib
 import json
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -46,7 +47,7 @@ class WordPieceTokenizer(Tokenizer):
     boundary, unknown = "[CLS]", UNKNOWN
 
     def __init__(self, vocab: Sequence[str], control: Sequence[str] = CONTROL,
-                 cleaning: dict[str, bool | None] = CLEANING, chat_template: str | None = None):
+                 cleaning: dict[str, Any] = CLEANING, chat_template: str | None = None):
         self.vocab, self.cleaning, self.chat_template = list(vocab), dict(cleaning), chat_template
         if missing := [name for name in (self.boundary, UNKNOWN) if name not in self.vocab]:
             raise InputError(f"has no {' and no '.join(missing)} token")
@@ -102,8 +103,8 @@ class WordPieceTokenizer(Tokenizer):
         template is left out, with a line.
         """
         folder = Path(folder)
-        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        config = read_json(config) if config.exists() else {}
+        path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        config = read_json(settings) if settings.exists() else {}
         kind = str(config.get("tokenizer_class") or "")
         if path.exists():
             vocab, added, cleaning = _read_tokenizer_json(path)
@@ -143,7 +144,7 @@ def _text(name: str) -> str:
     return " " + name if name[:1].isalpha() and name < ALPHABETS else name.removeprefix("##")
 
 
-def _read_tokenizer_json(path: Path) -> tuple[dict, dict, dict]:
+def _read_tokenizer_json(path: Path) -> tuple[object, dict, dict]:
     """(vocabulary, added control tokens, cleaning); InputError for another normalizer, pre-tokenizer or setting."""
     data = read_json(path)
     model, normalizer, splitter = (data.get(part) or {} for part in ("model", "normalizer", "pre_tokenizer"))
@@ -167,7 +168,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict, dict, dict]:
     return (vocab | added if isinstance(vocab, dict) else vocab), added, {name: normalizer[name] for name in CLEANING}
 
 
-def _in_order(vocab: dict[str, int]) -> list[str]:
+def _in_order(vocab: object) -> list[str]:
     """Names by id. Where a doubled line of vocab.txt left an id without a name, it gets one that no text makes."""
     if not isinstance(vocab, dict) or not vocab or not all(type(i) is int for i in vocab.values()):
         raise InputError("no vocabulary with a number for each token")

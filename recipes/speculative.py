@@ -78,7 +78,7 @@ def propose(reader: Reader, text: list[int], count: int, config: SampleConfig, g
 def distributions(reader: Reader, text: list[int], proposed: list[int], config: SampleConfig) -> Tensor:
     """p (k + 1, V) of the token after the text, and after each of the k proposed ones: a single pass."""
     whole = text + proposed
-    [known] = reader.keep(0, [text[:-1]])  # what was rejected is forgotten
+    [known] = reader.rewind(0, [text[:-1]])  # what was rejected is forgotten
     x = reader.features(0, [whole[known:]])[0]  # (T, C)
     contexts = [text + proposed[:i] for i in range(len(proposed) + 1)]
     return probabilities(reader.model.head(x[-len(contexts) :]), config, contexts)

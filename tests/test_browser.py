@@ -517,6 +517,7 @@ def test_a_phone_has_no_sideways_scroll_and_its_composer_in_sight(open_page):
 
 def test_everything_can_be_done_with_the_keyboard(open_page):
     page = open_page()
+    until(page, "document.activeElement.id === 'draft'")
     page.keyboard.type("Hello")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("there")

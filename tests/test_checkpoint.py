@@ -530,14 +530,7 @@ def test_what_we_save_opens_here_with_equal_weights_settings_and_tokenizer(make_
 
 
 def test_names_saved_from_a_compiled_model_hold_no_prefix(model, tokenizer, tmp_path):
-    class Compiled(nn.Module):  # as torch.compile names things
-        config = model.config
-
-        def __init__(self):
-            super().__init__()
-            self._orig_mod = model
-
-    folder = save(tmp_path, 1, Compiled(), tokenizer)
+    folder = save(tmp_path, 1, torch.compile(model), tokenizer)
     assert set(load_file(folder / "model.safetensors")) == {f"transformer.{n}" for n, _ in model.named_parameters()}
 
 

@@ -71,8 +71,9 @@ def test_the_pipeline_gives_our_labels_and_probabilities(model, tokenizer, folde
 def test_labels_and_head_survive_saving_and_loading(model, tokenizer, folder):
     again, same = checkpoint.load(folder)
     assert again.labels == LABELS and same.hash == tokenizer.hash
-    assert torch.equal(again.score.weight, model.score.weight)
-    assert all(torch.equal(alone(again, same, text), alone(model, tokenizer, text)) for text in TEXTS)
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
+    for text in TEXTS:  # the matrices lie transposed in the file, and add up in another order
+        torch.testing.assert_close(alone(again, same, text), alone(model, tokenizer, text), rtol=1e-5, atol=1e-5)
 
 
 def foreign(folder: Path, **config) -> Path:

@@ -348,12 +348,11 @@ def fill(disk: Path, pages_left: int) -> None:
 
 def keep_full(disk: Path, process: subprocess.Popen, pages_left: int) -> None:
     """Take every page that becomes free but for a few, until the process ends."""
-    size = 0
     with open(disk / "ballast", "wb") as file:
         while process.poll() is None:
             if (free := os.statvfs(disk).f_bavail) > pages_left:
-                size += (free - pages_left) * PAGE
-                with contextlib.suppress(OSError):
+                size = os.fstat(file.fileno()).st_size + (free - pages_left) * PAGE
+                with contextlib.suppress(OSError):  # the process was faster: count again
                     os.posix_fallocate(file.fileno(), 0, size)
             time.sleep(0.001)
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import InputError, checkpoint, generate, runs
+from nanochat import InputError, checkpoint, evaluate, generate, runs
 from nanochat.dialogue import Cuts, render, render_prompt, to_rows, windows
 from nanochat.evaluate import Replies, about_replies, greedy_replies, score, words_of
 from nanochat.generate import (
@@ -119,6 +119,31 @@ def test_a_reader_gives_the_logits_of_any_texts_and_reads_no_id_twice(make_model
     read.clear()
     reader.read(1, b + [3, 4])
     assert read == [[[3, 4]]]
+
+
+def test_rows_that_change_places_keep_what_they_have_read(make_model):
+    model, a, b = make_model(), prompt_of(9), prompt_of(3, seed=1)
+    reader = generate.Reader(model, 2)
+    reader.read(0, a)
+    reader.swap(0, 1)
+    reader.read(0, b)
+    reader.swap(0, 1)
+    assert reader.ids == [a, b] and reader.cache.lengths.tolist() == [9, 3]
+    plain = torch.cat([model(torch.tensor([text]))[:, -1] for text in (a + [1], b + [2])])
+    torch.testing.assert_close(reader.logits([a + [1], b + [2]]), plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_that_is_forgotten_leaves_nothing_in_its_keys_or_values(make_model):
+    """What lies beyond a row's own length has a weight of 0, and 0 times NaN is NaN."""
+    model, a, b = make_model(), prompt_of(9), prompt_of(3, seed=1)
+    reader = generate.Reader(model, 2)
+    reader.logits([a, a])
+    for stored in (reader.cache.keys, reader.cache.values):
+        stored[:, 1] = math.nan
+    reader.forget(slice(1, 2))
+    assert reader.ids == [a, []]
+    plain = torch.cat([model(torch.tensor([text]))[:, -1] for text in (a + [1], b)])
+    torch.testing.assert_close(reader.logits([a + [1], b]), plain, rtol=1e-9, atol=1e-9)
 
 
 def test_a_cache_that_is_full_says_so(make_model):
@@ -285,6 +310,11 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold(p, expected):
     assert torch.equal(filtered[:, expected], HAND_MADE[:, expected])  # what is kept is unchanged
 
 
+@pytest.mark.parametrize("p, count", [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_top_p_needs_no_token_more_where_the_sum_is_exactly_p(p, count):
+    assert len(kept(keep_top_p(torch.zeros(1, 4), p))) == count  # four tokens of a quarter each
+
+
 @pytest.mark.parametrize("k, expected", [(1, [1]), (2, [1, 2]), (3, [0, 1, 2]), (50, [0, 1, 2])])
 def test_top_k_may_exceed_the_vocabulary(k, expected):
     assert kept(keep_top_k(HAND_MADE, k)) == expected
@@ -377,6 +407,32 @@ def test_20_000_draws_have_the_distribution_of_hugging_faces_filters(flags):
     assert_drawn_from(theirs.softmax(dim=-1)[0], drawn)
 
 
+def test_the_filters_work_in_the_order_of_hugging_face():
+    """Penalty, temperature, top-k, top-p, min-p: with two of the last three changed, some of 200 rows would show it."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits, context = 2 * torch.randn(200, 30), torch.randint(30, (200, 8))
+    config = SampleConfig(temperature=1.3, top_k=12, top_p=0.8, min_p=0.1, repetition_penalty=1.4)
+    in_order = [
+        process.RepetitionPenaltyLogitsProcessor(config.repetition_penalty),
+        process.TemperatureLogitsWarper(config.temperature),
+        process.TopKLogitsWarper(config.top_k),
+        process.TopPLogitsWarper(config.top_p),
+        process.MinPLogitsWarper(config.min_p),
+    ]
+
+    def theirs(filters) -> torch.Tensor:
+        x = logits
+        for filter in filters:
+            x = filter(context, x)
+        return x.softmax(dim=-1)
+
+    expected = theirs(in_order)
+    torch.testing.assert_close(generate.probabilities(logits, config, context.tolist()), expected, rtol=1e-5, atol=1e-7)
+    for i in (2, 3):
+        other = [*in_order[:i], in_order[i + 1], in_order[i], *in_order[i + 2 :]]
+        assert not torch.allclose(theirs(other), expected)
+
+
 def test_temperature_zero_takes_the_likeliest_whatever_the_other_settings():
     logits = torch.randn(200, 30)
     for flags in ({}, {"top_k": 3}, {"top_p": 0.0}, {"min_p": 1.0}, {"seed": 5}):
@@ -385,6 +441,11 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_other_settings():
         assert torch.equal(chosen, logits.argmax(dim=-1))
     cold = next_token(logits, SampleConfig(temperature=1e-9), [[]] * 200, torch.Generator().manual_seed(0))
     assert torch.equal(cold, logits.argmax(dim=-1))  # and a tiny one, without an overflow
+
+
+def test_at_temperature_zero_one_of_several_likeliest_has_all_the_probability():
+    chances = generate.probabilities(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), greedy(1), [[]])
+    assert chances.tolist() in ([[0, 1, 0, 0]], [[0, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -662,6 +723,12 @@ def test_where_every_token_is_equally_likely_the_score_is_known_by_hand(tokenize
     assert score(model, tokenizer, [batch]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_token_0_counts_in_the_score_like_any_other(tokenizer, make_model):
+    model, inputs = make_model(vocab_size=tokenizer.vocab_size), torch.randint(97, (2, 9))
+    expected = -model(inputs).log_softmax(dim=-1)[..., 0].mean().item()
+    assert score(model, tokenizer, [Batch(inputs, torch.zeros_like(inputs))])["loss"] == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_evaluations_are_equal_bit_for_bit(tokenizer, make_model, dtype):
     model = make_model(vocab_size=tokenizer.vocab_size, dtype=torch.float32, dropout=0.5).train()
@@ -670,6 +737,13 @@ def test_two_evaluations_are_equal_bit_for_bit(tokenizer, make_model, dtype):
     first = score(model, tokenizer, batches, dtype)
     assert score(model, tokenizer, batches, dtype) == first
     assert score(model, tokenizer, batches, torch.float32) != first or dtype == torch.float32
+
+
+def test_a_choice_in_chinese_has_its_likelihood_divided_by_bytes_not_characters(tokenizer, make_model, monkeypatch):
+    nats = {" 你好": -6.0, " ab": -4.0}  # -1 and -2 a byte, -3 and -2 a character
+    monkeypatch.setattr(evaluate, "loglikelihood", lambda model, tokenizer, context, continuation: nats[continuation])
+    question = {"query": "", "choices": ["你好", "ab"], "gold": 0}
+    assert evaluate.choose(make_model(), tokenizer, [question]) == {"questions": 1, "accuracy": 0, "accuracy_per_byte": 1}
 
 
 def test_greedy_replies_ask_the_first_different_user_turns(tokenizer, make_model):

@@ -70,6 +70,7 @@ def script(*args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | {"LC_ALL": "C"}, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_script_converts_teaches_and_refuses_in_one_line(copy, tmp_path):
     done = script(copy, "--out", tmp_path)
     assert done.returncode == 0 and f"{tmp_path / 'kdconv.train.jsonl'}: 6 conversations" in done.stdout, done.stderr

@@ -12,7 +12,7 @@ FLOORS = {
     "corpus": 2, "formats": 2, "classifier": 2, "resume": 2,
     "checkpoint": 3, "dialogue": 3,
     "generate": 4, "runs": 4, "preview": 4,
-    "evaluate": 5, "rehearsal": 5, "terminal": 5, "batching": 5,
+    "evaluate": 5, "rehearsal": 5, "terminal": 5, "batching": 5, "explore": 5,
     "training": 6, "report": 6, "tasks": 6, "openai_api": 6,
     "door": 7, "server": 8,
 }

@@ -193,7 +193,7 @@ def test_what_names_nothing_is_refused(make_model):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ({"rank": 0}, "--rank is 0, must be at least 1"),
+    ({"rank": 0}, "--rank is 0, must be from 1 to 100,000"),
     ({"alpha": float("nan")}, "--alpha is nan"),
     ({"lora_dropout": 1.0}, r"--lora-dropout is 1.0, must be in \[0, 1\)"),
     ({"targets": ("c_attn",)}, "--targets is c_attn, must be some of attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),

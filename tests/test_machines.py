@@ -162,6 +162,7 @@ def test_a_tokenizer_is_trained_from_and_into_any_file_name(env, folder):
     assert ended.code == 0 and ": 384 ids" in ended.out and (folder / "词🙂" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 @in_every_locale
 def test_the_tools_and_sampling_take_any_text_and_any_file_name(env, runs, folder):
     (folder / "模型🙂").symlink_to(runs / "float32" / "out" / "finetuned")

@@ -83,6 +83,25 @@ def test_dropout_acts_in_training_only(make_model, attention_path):
         assert torch.equal(gpt(tokens), logits)
 
 
+def test_dropout_zeroes_its_share_of_the_embedding_and_of_each_branch(make_model):
+    gpt, shares = make_model(dropout=0.3).train(), {}
+
+    def note(name: str, x: torch.Tensor) -> None:
+        shares[name] = (x == 0).double().mean().item()
+
+    block = gpt.h[0]
+    block.register_forward_pre_hook(lambda _, inputs: note("embedding", inputs[0]))
+    for name in ("attn", "mlp"):
+        block.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: note(name, output))
+    gpt(tokens_of(gpt, 16, 24))
+    assert shares == pytest.approx({"embedding": 0.3, "attn": 0.3, "mlp": 0.3}, abs=0.02)
+
+
+def test_every_layer_norm_has_the_epsilon_of_the_settings(make_model):
+    norms = [module.eps for module in make_model(layer_norm_epsilon=0.1).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert norms == [0.1] * 5  # two in each of two blocks, and the last
+
+
 def test_gpt2_small_has_124_439_808_parameters():
     with torch.device("meta"):
         gpt = GPT(GPTConfig())
@@ -130,6 +149,13 @@ def test_loss_is_the_sum_over_supervised_targets(make_model, monkeypatch):
     torch.testing.assert_close(nll.flatten(), expected, rtol=1e-9, atol=1e-12)
     assert (nll[targets == IGNORED] == 0).all()
     torch.testing.assert_close(gpt(tokens, targets), expected.sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_token_0_is_learned_like_any_other(make_model):
+    gpt = make_model()
+    tokens = tokens_of(gpt)
+    expected = -gpt(tokens).log_softmax(dim=-1)[..., 0]
+    torch.testing.assert_close(gpt.nll(tokens, torch.zeros_like(tokens)), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_loss_is_fp32_when_the_network_is_not(make_model):

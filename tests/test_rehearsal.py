@@ -125,6 +125,7 @@ def test_one_graph_serves_all_layers_and_two_any_number_of_supervised_tokens(tok
     assert set(frames) == {1 + 2}
 
 
+@pytest.mark.slow
 def test_only_rows_of_another_length_and_none_or_one_supervised_token_have_graphs_of_their_own(tokenizer, monkeypatch):
     counter, model = counting(monkeypatch), tiny(tokenizer, n_layer=3).train()
 
@@ -170,6 +171,7 @@ def test_yes_takes_the_compiled_network_untimed_against_the_other_and_no_never_t
     assert timed == [candidate, model]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_flag", ["auto", "yes"])
 @pytest.mark.parametrize("began_compiled", [True, False])
 def test_a_resumed_run_is_compiled_if_it_began_so(began_compiled, compile_flag, tokenizer, tmp_path, monkeypatch):
@@ -217,7 +219,8 @@ def test_a_compiled_network_that_fails_leaves_no_gradient_and_no_draw(tokenizer,
     assert torch.equal(torch.get_rng_state(), random_state) and torch.equal(model.wte.weight, before)
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_a_compiled_network_recomputes_to_the_same_losses(compiler, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
     losses = {}

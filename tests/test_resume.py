@@ -187,6 +187,29 @@ def test_a_run_killed_and_resumed_twice_comes_to_the_same_end(name, optimizer, s
     assert_same_end(whole(name, optimizer), tmp_path / "cut")
 
 
+def test_the_scale_of_fp16_goes_on_from_what_it_had_come_to(tokenizer, tmp_path, monkeypatch):
+    settings = dict(dtype=torch.float16, save_every=2, eval_every=100, keep=9)
+    with monkeypatch.context() as machine:
+        overflowing(machine, {0, 1})  # its first two steps are skipped, and the scale is a quarter of what it was
+        _, expected = run(tiny(tokenizer), RandomExamples([9] * 5), tmp_path / "whole", tokenizer, **settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+    roll_back(tmp_path / "cut", 2)
+    step, state = runs.open_run(tmp_path / "cut", resume=True, overwrite=False)
+    assert state["scaler"]["scale"] == torch.amp.GradScaler("cpu").get_scale() / 4
+    _, records = run(checkpoint.load(step)[0], RandomExamples([9] * 5), tmp_path / "cut", tokenizer, resume=state, **settings)
+    assert without_times(records) == without_times(expected)
+    assert_equal_states(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_seconds_of_training_count_on(tokenizer, tmp_path):
+    run(tiny(tokenizer), RandomExamples([9] * 5), tmp_path, tokenizer, save_every=2)
+    roll_back(tmp_path, 2)
+    step, state = runs.open_run(tmp_path, resume=True, overwrite=False)
+    state["progress"]["seconds"] = 1000.0
+    _, records = run(checkpoint.load(step)[0], RandomExamples([9] * 5), tmp_path, tokenizer, save_every=2, resume=state)
+    assert [r["seconds"] > 1000 for r in records] == [False, False, True, True]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_max_minutes_is_measured_once_and_resumes_with_the_same_steps(name, start, tmp_path, monkeypatch):
     """Ten times slower when it goes on, the run keeps its length and so its learning rates."""
@@ -606,6 +629,7 @@ def test_a_process_that_sigkill_ended_resumes_to_the_same_end(name, optimizer, p
     assert (tmp_path / "cut" / "loss.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code, name, optimizer", [
     (signal.SIGINT, 130, "train.py", "muon"), (signal.SIGTERM, 143, "finetune.py", "adamw")])
 def test_a_process_that_is_signalled_ends_in_one_line_and_its_code(number, code, name, optimizer, place, start, whole, tmp_path):

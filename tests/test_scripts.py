@@ -5,12 +5,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tyro
 
-from nanochat import checkpoint, formats
+import finetune
+from nanochat import InputError, checkpoint, formats
 from nanochat.generate import Chat, SampleConfig
+from nanochat.resume import settings_to_resume
+from nanochat.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "data" / "samples"
@@ -74,6 +80,28 @@ def test_finetuning_tells_the_test_perplexity_before_and_after(folder):
     assert "replies:" in log
 
 
+@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--task", "classify", "--balance", "--recompute"]])
+def test_what_a_run_had_switched_on_stays_on_whether_named_again_or_not(flags):
+    began = finetune.Settings(task="classify", balance=True, training=TrainConfig(recompute=True))
+    saved = {"conditions": {"settings": json.loads(json.dumps(asdict(began), default=str)), "processes": 1}}
+    parse = partial(tyro.cli, finetune.Settings, args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+    now = settings_to_resume(parse(), saved, parse)
+    assert now.balance and now.training.recompute and now.resume and now.task == "classify"
+    saved["conditions"]["settings"]["balance"] = False
+    if "--balance" in flags:
+        with pytest.raises(InputError, match="balance"):
+            settings_to_resume(parse(), saved, parse)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_preset_that_began_with_given_weights_resumes_without_naming_it(folder, tmp_path):
+    run = ["--data", SAMPLES / "garden.txt", "--preset", "gpu-hour", "--init", folder / "out" / "pretrained",
+           "--max-steps", 2, "--batch-size", 2, "--accumulate", 1, "--out", "again"]
+    began = script("train.py", *run, cwd=tmp_path)
+    resumed = script("train.py", "--resume", "--out", "again", cwd=tmp_path)
+    assert began.returncode == resumed.returncode == 0 and "the run is complete" in resumed.stderr, began.stderr + resumed.stderr
+
+
 def test_sample_answers_a_finetuned_model_and_continues_a_base_model(folder):
     answered = script("sample.py", "--prompt", "Hello, how are you?", "--max-new-tokens", 8, cwd=folder)
     assert answered.returncode == 0 and "Hello" not in answered.stdout, answered.stderr
@@ -128,21 +156,25 @@ def test_an_overwrite_that_fails_costs_no_old_run(folder, tmp_path):
     assert (folder / "out" / "finetuned" / "best" / "model.safetensors").exists()
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "name, flags, expected",
     [
-        ("train.py", ["--data", "nothing.txt"], "nothing.txt"),
-        ("train.py", ["--data", "empty.txt"], "empty.txt"),
-        ("train.py", ["--data", "wikipedio"], "names: bbc, chitchat, kdconv, wikipedia"),
-        ("train.py", ["--init", "nowhere/there/is"], "nowhere/there/is"),
-        ("train.py", ["--device", "tpu"], "--device tpu"),
-        ("train.py", ["--data", "gbk.txt"], "not UTF-8"),
+        slow("train.py", ["--data", "nothing.txt"], "nothing.txt"),
+        slow("train.py", ["--data", "empty.txt"], "empty.txt"),
+        slow("train.py", ["--data", "wikipedio"], "names: bbc, chitchat, kdconv, wikipedia"),
+        slow("train.py", ["--init", "nowhere/there/is"], "nowhere/there/is"),
+        slow("train.py", ["--device", "tpu"], "--device tpu"),
+        slow("train.py", ["--data", "gbk.txt"], "not UTF-8"),
         ("train.py", ["--data", "text.txt", *TINY, "--n-head", "5"], "n_embd 32 is not a multiple of n_head 5"),
-        ("train.py", ["--resume"], "out/pretrained"),
+        slow("train.py", ["--resume"], "out/pretrained"),
         ("finetune.py", ["--data", "broken.jsonl"], "broken.jsonl:1: not JSON"),
-        ("finetune.py", ["--data", "nobody.jsonl"], "nobody.jsonl: No such file"),
-        ("finetune.py", ["--data", "one.jsonl"], "too few to hold some out"),
-        ("finetune.py", ["--data", "two.jsonl"], "out/pretrained: no such checkpoint"),
+        slow("finetune.py", ["--data", "nobody.jsonl"], "nobody.jsonl: No such file"),
+        slow("finetune.py", ["--data", "one.jsonl"], "too few to hold some out"),
+        slow("finetune.py", ["--data", "two.jsonl"], "out/pretrained: no such checkpoint"),
         ("sample.py", ["--checkpoint", "nowhere/there/is"], "nowhere/there/is"),
     ],
 )

@@ -160,7 +160,7 @@ def p_value(pair: tuple[GPT, GPT], config: SampleConfig, length: int, counts: Co
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("length", [2, 3])
+@pytest.mark.parametrize("length", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sampled_continuations_have_the_targets_distribution(pair, sampling, length):
     counts = Counter()
     assert p_value(pair, SAMPLINGS[sampling], length, counts) > 0.01

@@ -191,7 +191,7 @@ def test_long_white_space_is_encoded_another_way_with_equal_ids(text, tokenizer)
         assert tokenizer.encode(text) == ids and tokenizer.encode_batch([text, "to"]) == [ids, tokenizer.encode("to")]
 
 
-@pytest.mark.parametrize("character", [" ", "\n", "a"], ids=ascii)
+@pytest.mark.parametrize("character", [" ", pytest.param("\n", marks=pytest.mark.slow), "a"], ids=ascii)
 def test_two_million_equal_characters_are_encoded_in_seconds(character, tokenizer, hugging_face):
     text = "to" + character * 2_000_000 + "be"  # tiktoken alone would panic on a million white-space characters
     start = time.monotonic()

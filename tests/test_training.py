@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import product_speed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nanochat import InputError, checkpoint, processes, runs, runtime, training
 from nanochat.metrics import MetricsLog
@@ -155,11 +156,37 @@ def test_a_step_is_scale_backward_unscale_clip_step_update(tokenizer, tmp_path, 
 @pytest.mark.parametrize("scale", [1.0, 2.0**12])
 def test_the_clipped_step_does_not_depend_on_the_scale(scale, tokenizer, tmp_path, monkeypatch):
     expected, model = tiny(tokenizer), tiny(tokenizer)
-    run(expected, RandomExamples([9] * 4), tmp_path / "plain", tokenizer, clip=0.01)
+    _, plain = run(expected, RandomExamples([9] * 4), tmp_path / "plain", tokenizer, clip=0.01)
     with_scaler(monkeypatch, RecordingScaler([], scale=scale))
-    run(model, RandomExamples([9] * 4), tmp_path / "scaled", tokenizer, clip=0.01)
+    _, scaled = run(model, RandomExamples([9] * 4), tmp_path / "scaled", tokenizer, clip=0.01)
+    # AdamW's step is the same for any multiple of the gradient: without unscale_ only the norm would show
+    assert [r["grad_norm"] for r in scaled] == pytest.approx([r["grad_norm"] for r in plain])
     for p, q in zip(model.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_a_gradient_is_scaled_down_as_a_whole_to_the_norm_of_clip(clip, tokenizer, tmp_path):
+    norms = []
+
+    def note(optimizer, *_) -> None:
+        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, clip=clip)
+    finally:
+        hook.remove()
+    logged = [r["grad_norm"] for r in records]  # before clipping
+    assert min(logged) > 0.1
+    assert norms[-4:] == pytest.approx([min(norm, clip) for norm in logged], rel=1e-4)  # before them, the rehearsal's
+
+
+def test_a_step_has_only_its_own_gradient_and_consumes_all_its_examples(tokenizer, tmp_path):
+    """At a rate at which no weight moves, a step that has all examples has the same gradient every time."""
+    progress, records = run(tiny(tokenizer), RandomExamples([9] * 6), tmp_path, tokenizer, accumulate=3, learning_rate=1e-30)
+    assert [r["grad_norm"] for r in records] == pytest.approx([records[0]["grad_norm"]] * 4, rel=1e-4)
+    assert progress.examples == 4 * 6
 
 
 def test_a_skipped_step_does_not_advance_the_schedule(tokenizer, tmp_path, monkeypatch):
@@ -360,6 +387,18 @@ def test_the_schedule_counts_optimizer_steps(accumulate, tokenizer, tmp_path):
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_group_steps_at_the_rate_that_is_logged(optimizer, tokenizer, tmp_path):
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda part, *_: rates.append({group["lr"] for group in part.param_groups}))
+    try:
+        _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, optimizer=optimizer)
+    finally:
+        hook.remove()
+    parts = 2 if optimizer == "muon" else 1
+    assert rates[-4 * parts :] == [{r["learning_rate"]} for r in records for _ in range(parts)]  # before them, the rehearsal's
+
+
 def test_the_start_of_a_run_prints_its_length(tokenizer, tmp_path, capsys):
     run(tiny(tokenizer), RandomExamples([9] * 10), tmp_path, tokenizer, accumulate=3, max_steps=None, epochs=2)
     shown = capsys.readouterr().err
@@ -483,6 +522,18 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, mon
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000005"]
 
 
+def test_a_validation_loss_that_only_equals_the_best_is_no_better(tokenizer, tmp_path):
+    config = TrainConfig(batch_size=2, max_steps=10, eval_every=1, patience=3)
+    progress = train(tiny(tokenizer), tokenizer, RandomExamples([9] * 4), config, out=tmp_path, settings={}, device=CPU,
+                     dtype=torch.float32, evaluate=lambda: {"val_loss": 2.0}, sample=lambda: {})
+    assert progress.step == 4 and checkpoint.followed(tmp_path / "best").name == "step-000001"
+
+
+def test_the_last_step_is_evaluated_wherever_the_one_before_was(tokenizer, tmp_path):
+    _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, eval_every=3)
+    assert [r["step"] for r in records if "val_loss" in r] == [3, 4]
+
+
 def test_metrics_and_picture_are_written(tokenizer, tmp_path):
     _, records = run(tiny(tokenizer), RandomExamples([9] * 4), tmp_path, tokenizer, eval_every=2)
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "seconds"} <= records[0].keys()
@@ -547,9 +598,9 @@ def test_training_on_a_pattern_learns_it(tokenizer, tmp_path):
 
 def test_a_step_of_adamw_and_of_muon_follows_the_published_rule(tokenizer):
     """One step from zero state, by hand: AdamW moves each weight by the rate, Muon a matrix by an
-    orthogonal one (G = U S Vᵀ → U Vᵀ) whose root mean square is about 0.2 of the rate."""
+    orthogonal one (G = U S Vᵀ → U Vᵀ) whose root mean square is about 0.2 of the rate, whatever its size."""
     for optimizer in ("adamw", "muon"):
-        model = tiny(tokenizer)
+        model = tiny(tokenizer, n_embd=64)
         before = model.h[0].mlp.c_fc.weight.detach().clone()
         table = model.wte.weight.detach().clone()
         built = build_optimizer(model, TrainConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.0))

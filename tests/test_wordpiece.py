@@ -341,6 +341,7 @@ def script(name: str, *args, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_chinese_gpt2_is_finetuned_talks_and_opens_in_hugging_face(bert, tmp_path):
     talk = [{"messages": [{"role": "user", "content": f"我们看电影{i}吗？"}, {"role": "assistant", "content": f"好的，{i}月看。"}]}
             for i in range(6)]
