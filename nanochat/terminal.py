@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -222,7 +221,7 @@ def said(banner: str, completions: Iterable[str] = ()) -> Iterator[str]:
     if not at_terminal():
         yield from filter(None, (line.strip("\ufeff \t\r\n") for line in sys.stdin))  # a BOM: from Windows' pipes
         return
-    with keys_waiting():
+    with keys_waiting(interrupt=False):  # while a prompt is made ready too: a signal raised in its midst can get lost
         note(banner)
         session, warned = line_editor(list(completions)), False
         while True:
@@ -240,12 +239,13 @@ def said(banner: str, completions: Iterable[str] = ()) -> Iterator[str]:
                 continue
             warned = False
             if text:
-                yield text
+                with keys_waiting(interrupt=True):
+                    yield text
 
 
 @contextmanager
-def keys_waiting() -> Iterator[None]:
-    """While this is open, what is typed during a reply shows at the next prompt and not in the reply; Enter there is Enter."""
+def keys_waiting(interrupt: bool) -> Iterator[None]:
+    """While this is open, what is typed waits, unseen, for the next prompt, Enter as Enter; Ctrl-C too, or it interrupts."""
     try:
         import termios
     except ImportError:  # Windows
@@ -254,7 +254,7 @@ def keys_waiting() -> Iterator[None]:
     before = termios.tcgetattr(sys.stdin)
     flags = list(before)
     flags[0] &= ~termios.ICRNL  # which makes of Enter a Ctrl+J
-    flags[3] &= ~termios.ECHO
+    flags[3] = flags[3] & ~termios.ECHO & ~termios.ISIG | (termios.ISIG if interrupt else 0)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, flags)
     try:
         yield
@@ -269,7 +269,6 @@ def line_editor(completions: list[str]):
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.shortcuts import CompleteStyle
 
-    warnings.filterwarnings("ignore", "coroutine 'Application.run_async' was never awaited")  # after a Ctrl-C just before the prompt
     keys = KeyBindings()
 
     @keys.add("escape", "enter")

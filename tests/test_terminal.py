@@ -441,6 +441,9 @@ def test_a_dumb_terminal_in_a_locale_without_utf8(chat, tokenizer, tmp_path):
     keyboard.until("> ")
     keyboard.type("/save chat.json", "enter")
     keyboard.until("chat.json\r\n> ")
+    for _ in range(20):  # each pressed just as the prompt appears: none gets lost
+        keyboard.type("half a line", "ctrl-c")
+        keyboard.until("\n> ")
     keyboard.type("ctrl-c")
     keyboard.until("\n> ")
     keyboard.type("ctrl-c")
