@@ -283,7 +283,7 @@ def test_the_disk_of_the_run_that_is_overwritten_counts_as_free(tokenizer, tmp_p
         rehearsal.check_disk(tmp_path, 205_000, keep=3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", [dict(n_embd=192), dict(n_layer=16, n_embd=8)])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(optimizer, sizes, tokenizer, tmp_path):
     for known, name in ((tokenizer, "own"), (Tokenizer.gpt2(), "gpt2")):

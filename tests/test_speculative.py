@@ -44,7 +44,7 @@ def near(model: GPT, noise: float) -> GPT:
 # ------------------------------------------------------------------ temperature 0
 
 
-@pytest.mark.parametrize("draft_tokens, penalty", [(1, 1.0), (4, 1.0), (30, 1.0), (4, 1.3)])
+@pytest.mark.parametrize("draft_tokens, penalty", [(1, 1.0), pytest.param(4, 1.0, marks=pytest.mark.slow), (30, 1.0), (4, 1.3)])
 def test_greedy_text_is_the_targets_own_with_any_draft_also_past_the_block(make_model, draft_tokens, penalty):
     """Tokens 30 at BLOCK 24: the newest half is kept, of the draft's shorter block too."""
     target = make_model()
