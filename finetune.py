@@ -84,7 +84,7 @@ def main() -> None:
         model, tokenizer = checkpoint.load(saved, merge=False)
         model = task.prepare(model, train_split, settings.balance)
     if settings.dropout is not None:
-        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
+        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout  # checked; one object, which all modules read
     choose_what_learns(model, tokenizer, settings)
     block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
     if block_size < 16:
@@ -128,7 +128,8 @@ def check_flags(settings: Settings) -> None:
     for method, (given, default) in own.items():
         if settings.method != method and (changed := [name for name in given if given[name] != default[name]]):
             raise InputError(f"--{changed[0].replace('_', '-')} is for --method {method}, not {settings.method}")
-    if not (settings.resume or settings.show_batch) and Path(settings.init).exists() and Path(settings.init).resolve().is_relative_to(settings.out.resolve()):
+    deletes_out, init = not (settings.resume or settings.show_batch), Path(settings.init)
+    if deletes_out and init.exists() and init.resolve().is_relative_to(settings.out.resolve()):
         raise InputError(f"--init {settings.init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
 
 

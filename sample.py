@@ -15,7 +15,6 @@ import tyro
 from nanochat import InputError, checkpoint, classifier, generate, packed, runtime, terminal
 from nanochat.classifier import GPTClassifier
 from nanochat.dialogue import opening
-from nanochat.formats import Conversation
 from nanochat.generate import Chat, SampleConfig
 from nanochat.model import GPT
 from nanochat.runtime import DTYPES, argument_text
@@ -81,7 +80,9 @@ def main() -> None:
     if settings.prompt is None:
         return terminal.Talk(Chat(model, tokenizer, settings.sampling, settings.system)).run()
     if chats:
-        answer([*opening(settings.system), {"role": "user", "content": settings.prompt}], model, tokenizer, settings)
+        messages = [*opening(settings.system), {"role": "user", "content": settings.prompt}]
+        prompt, _ = generate.fit(messages, tokenizer, model.config.block_size, settings.sampling.max_new_tokens)
+        print_continuations("", prompt, model, tokenizer, settings)
     else:
         complete(settings.prompt, model, tokenizer, settings)
 
@@ -92,13 +93,6 @@ def classify(model: GPTClassifier, tokenizer: Tokenizer, text: str | None) -> No
         rows = classifier.to_rows([(line, model.labels[0])], model.labels, tokenizer, model.config.block_size)
         found = sorted(zip(classifier.probabilities(model, rows, 1)[0].tolist(), model.labels), reverse=True)
         print("  ".join(f"{label} {probability:.1%}" for probability, label in found[:5]), flush=True)
-
-
-def answer(messages: Conversation, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Print --num-samples replies to one user turn."""
-    limit = settings.sampling.max_new_tokens
-    prompt, _ = generate.fit(messages, tokenizer, model.config.block_size, limit)
-    print_continuations("", prompt, model, tokenizer, settings)
 
 
 def complete(text: str, model: GPT, tokenizer: Tokenizer, settings: Settings) -> None:

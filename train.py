@@ -7,7 +7,7 @@
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -94,6 +94,8 @@ def main() -> None:
     # model and tokenizer: of a checkpoint, or new ones for the text
     source, val_source = processes.from_rank_0(
         lambda: [find(name) if name is not None else None for name in (settings.data, settings.val_data)])
+    shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    GPTConfig(**shape, dropout=settings.dropout or 0)  # refuses what cannot be, before hours of preparing a corpus
     start = saved or settings.init
     block_size = settings.block_size
     if start is not None:
@@ -106,10 +108,9 @@ def main() -> None:
     folder = processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
     if start is None:
         tokenizer = Tokenizer.load(folder)
-        shape = {name: getattr(settings, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     if settings.dropout is not None:
-        model.config.dropout = replace(model.config, dropout=settings.dropout).dropout
+        model.config.dropout = settings.dropout  # one object, which all modules read
     train_split, val_split = (
         corpus.TokenStream(folder, split, tokenizer, block_size) for split in ("train", "val")
     )
@@ -126,7 +127,7 @@ def main() -> None:
     def sample() -> dict[str, str]:
         """What the model as it is now makes of a beginning."""
         beginning = "The city of"
-        return {beginning: generate.texts(model, tokenizer, [tokenizer.encode(beginning)], SampleConfig(max_new_tokens=40))[0]}
+        return {beginning: "".join(generate.stream(model, tokenizer, tokenizer.encode(beginning), SampleConfig(max_new_tokens=40)))}
 
     training.train(model, tokenizer, train_split, config, out=settings.out, settings=asdict(settings),
                    device=device, dtype=dtype, evaluate=evaluation, sample=sample, held_out=val_split.fingerprint, resume=state)

@@ -28,9 +28,9 @@ import train  # noqa: E402
 from nanochat import InputError, checkpoint, runtime  # noqa: E402
 from nanochat.generate import SampleConfig  # noqa: E402
 from nanochat.metrics import read_metrics  # noqa: E402
+from nanochat.records import read_json  # noqa: E402
 from nanochat.report import code, table  # noqa: E402
 from nanochat.resume import flat  # noqa: E402
-from nanochat.tokenizer import read_json  # noqa: E402
 
 RUNS = ROOT / "benchmarks" / "results" / "runs"
 PAGE = ROOT / "docs" / "results.md"
@@ -94,7 +94,7 @@ def command(settings: dict) -> str:
     if settings.get("preset", "laptop") != "laptop":
         words += ["--preset", settings["preset"]]
     for name, value in flat(settings).items():
-        if name not in ("resume", "overwrite") and value not in (None, False, usual.get(name)):
+        if name not in ("resume", "overwrite") and value is not None and value is not False and value != usual.get(name):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

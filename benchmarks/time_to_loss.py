@@ -122,7 +122,7 @@ def measure(job: dict) -> dict:
         "compile_seconds": compile_seconds, "curve": curve, "bits_per_byte": at_end, "job": job}
 
 
-def build(job: dict, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Optimizer | training.MuonAndAdamW]:
+def build(job: dict, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Optimizer | training.Optimizers]:
     """The network and its optimizer."""
     config = GPTConfig(vocab_size, job["tokens"], **{name: job[name] for name in SHAPE})
     if job["package"] == "transformers":

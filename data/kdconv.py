@@ -18,8 +18,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanochat import InputError
+from nanochat.records import not_utf8
 from nanochat.runtime import run_as_script
-from nanochat.tokenizer import not_utf8
 
 DOMAINS = ("film", "music", "travel")
 SPLITS = {"train": ("train", "dev"), "test": ("test",)}  # ours: KdConv's

@@ -2,8 +2,8 @@
 
     step-000400/
       config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
-      nanochat.json    for people: step, results, settings, template, tokenizer hash, versions; and the
-                       system text that chats begin with
+      nanochat.json    step and template, which are checked, and the system text that chats begin with;
+                       for people: results, settings, tokenizer hash, versions
 
 Our parameter names are GPT-2's, so a conversion adds or strips the prefix "transformer." and
 transposes four matrices a block: GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
@@ -35,7 +35,8 @@ from torch.overrides import TorchFunctionMode
 from nanochat import InputError, lora, runtime, wordpiece
 from nanochat.classifier import GPTClassifier
 from nanochat.model import GPT, GPTConfig
-from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer, read_json
+from nanochat.records import read_json
+from nanochat.tokenizer import CHAT_TEMPLATE, END_OF_TURN, TEMPLATE_NAME, Tokenizer
 
 GPT2_FILE = "gpt2's: 548,105,171 bytes, sha256 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 SUMS = "SHA256SUMS"
@@ -215,11 +216,12 @@ def download(name: str) -> Path:
     """A model of the Hugging Face hub → its folder in the local cache. Nothing but data is fetched."""
     import huggingface_hub
 
-    wanted = ["*.json", "merges.txt", "vocab.txt", "*.safetensors"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "merges.txt", "vocab.txt", "*.bin"]))
+        for weights in ("*.safetensors", "*.bin"):
+            wanted = ["*.json", "merges.txt", "vocab.txt", weights]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+            if any(folder.glob(weights)):
+                break
         return folder
     except Exception as error:  # the hub raises a dozen kinds, by version; the user's remedy is one
         raise InputError(
@@ -472,10 +474,9 @@ def write_tokenizer(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """The tokenizer files; a classifier's put each text into its frame."""
     tokenizer.save(folder)
     if model.labels:  # a text between <|endoftext|> and <|end|>, for Hugging Face too
-        end_of_text = next(name for name, i in tokenizer.control.items() if i == tokenizer.end_of_text)
-        around = [(name, tokenizer.control[name]) for name in (end_of_text, END_OF_TURN)]
+        around = [(name, tokenizer.control[name]) for name in (tokenizer.boundary, END_OF_TURN)]
         bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        bpe.post_processor = TemplateProcessing(single=f"{end_of_text} $A {END_OF_TURN}", special_tokens=around)
+        bpe.post_processor = TemplateProcessing(single=f"{tokenizer.boundary} $A {END_OF_TURN}", special_tokens=around)
         (folder / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import InputError, records
-from nanochat.model import GPT, GPTConfig, at_least_fp32
+from nanochat.model import GPT, GPTConfig
+from nanochat.records import whole_pairs
 from nanochat.rows import Rows, Window
-from nanochat.tokenizer import END_OF_TURN, Tokenizer, whole_pairs
+from nanochat.tokenizer import END_OF_TURN, Tokenizer
 
 Labelled = tuple[str, str]  # (text, label)
 
@@ -39,7 +39,6 @@ class GPTClassifier(GPT):
         super().__init__(config)
         self.labels: list[str] = list(labels)
         self.score = nn.Linear(config.n_embd, len(self.labels), bias=False)
-        nn.init.normal_(self.score.weight, std=0.02)
         self.class_weights: Tensor | None = None  # (labels,), of the loss
 
     def head(self, x: Tensor) -> Tensor:
@@ -48,8 +47,10 @@ class GPTClassifier(GPT):
 
     def chunk_nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Vectors (N, C), labels (N,) → −ln p of each label, (N,), times its class's weight in training."""
-        weight = None if self.class_weights is None or not self.training else self.class_weights.to(x.device)
-        return F.cross_entropy(at_least_fp32(self.head(x)), targets, weight, reduction="none")
+        nll = super().chunk_nll(x, targets)
+        if self.class_weights is None or not self.training:
+            return nll
+        return nll * self.class_weights.to(x.device)[targets]
 
 
 def with_label_head(model: GPT, labels: Sequence[str]) -> GPTClassifier:
@@ -78,21 +79,11 @@ def read(path: str | Path) -> tuple[list[Labelled], list[str]]:
     A record has a text (text, sentence, content, review) and a label (label, class, category, sentiment).
     Raises InputError if the file has no usable one.
     """
-    examples, problems = [], []
-    for line, record in records.read(path):
-        try:
-            examples.append(_labelled(record))
-        except InputError as error:
-            problems.append(f"{path}:{line}: {error}")
-    if not examples:
-        raise InputError(f"{problems[0] if problems else f'{path}: empty'} (no usable labelled text in the file)")
-    return examples, problems
+    return records.converted(path, records.read(path), _labelled, "labelled text")
 
 
 def _labelled(record: object) -> Labelled:
     """One record → (text, label)."""
-    if isinstance(record, InputError):
-        raise record
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with a text and a label")
     fields = records.named(record)
@@ -117,29 +108,19 @@ def labels_of(examples: Sequence[Labelled]) -> list[str]:
     return labels
 
 
-@dataclass
-class Cuts:
-    """Texts that did not fit."""
-
-    texts: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.texts} texts cut to fit the block"
-
-
 def to_rows(examples: Sequence[Labelled], labels: Sequence[str], tokenizer: Tokenizer, block_size: int, pack: bool = True) -> Rows:
     """A window for each text: its ids, then its label's number as the only target. Of longer ones, the beginning stays."""
     if END_OF_TURN not in tokenizer.control:
         raise InputError(f"the classifier's tokenizer has no {END_OF_TURN}: it reads texts in another frame; finetune.py --task classify makes it ours")
     number = {label: i for i, label in enumerate(labels)}
     end, room = tokenizer.control[END_OF_TURN], block_size - 2
-    cuts, windows = Cuts(), []
+    cut, windows = 0, []
     for source, (text, label) in enumerate(examples):
         ids = tokenizer.encode(text)
-        cuts.texts += len(ids) > room
+        cut += len(ids) > room
         ids = [tokenizer.end_of_text, *ids[:room], end, number[label]]
         windows.append(Window(ids, [False] * (len(ids) - 1) + [True], source))
-    return Rows.of(windows, block_size, cuts, pack)
+    return Rows.of(windows, block_size, f"{cut} texts cut to fit the block", pack)
 
 
 @torch.no_grad()

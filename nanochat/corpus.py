@@ -15,6 +15,7 @@ Source: GPT-2 (Radford et al. 2019) for crops that run across documents.
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import count, islice
@@ -25,9 +26,10 @@ import torch
 
 from nanochat import InputError, wordpiece
 from nanochat.model import IGNORED, Batch
+from nanochat.records import read_json
 from nanochat.runtime import run_as_script
 from nanochat.sources import documents, fingerprint, json_lines, local, progress_bar
-from nanochat.tokenizer import Tokenizer, read_json
+from nanochat.tokenizer import Tokenizer
 
 VERSION = 2  # of the cleaning rules and the shard format; a new number makes old folders anew
 HELD_OUT = 0.10  # of the titles
@@ -221,7 +223,7 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
     def write(rows: Iterable[tuple[str, str, str]]) -> tuple[dict[str, int], list[str]]:
         """→ (characters of each split, titles of the second)."""
         characters = {"train": 0, "val": 0}
-        held_out: dict[str, None] = {}  # an ordered set
+        held_out: list[str] = []
         files = {split: open(folder / f"{split}.jsonl", "wb") for split in characters}
         with files["train"], files["val"]:
             for split, title, text in rows:
@@ -229,8 +231,9 @@ def _write_splits(source, val_source, folder: Path, workers: int | None) -> list
                     line = json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n"
                     files[split].write(line.encode("utf-8"))
                     characters[split] += len(text)
-                    held_out |= {title: None} if split == "val" else {}
-        return characters, list(held_out)
+                    if split == "val":
+                        held_out.append(title)
+        return characters, list(dict.fromkeys(held_out))  # each once, in order
 
     characters, held_out = write(by_title())
     total = sum(characters.values())
@@ -246,11 +249,11 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict:
     header: dict = {"magic": "nanochat tokens", "version": VERSION, "vocab_size": tokenizer.vocab_size}
     header["dtype"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     header["tokenizer_hash"] = tokenizer.hash
-    total, digest = {"documents": 0, "bytes": 0, "tokens": 0}, sha256()
+    total, digest = Counter(documents=0, bytes=0, tokens=0), sha256()
     with progress_bar(f"encoding {split}", (folder / f"{split}.jsonl").stat().st_size) as bar:
         stream = _texts(folder / f"{split}.jsonl")
         for number in count():
-            sums = dict.fromkeys(total, 0)
+            sums = Counter(documents=0, bytes=0, tokens=0)
             with open(folder / f"{split}-{number:05}.bin", "wb") as shard:
                 shard.write(b" " * HEADER)
                 while sums["tokens"] < SHARD_TOKENS and (texts := list(islice(stream, 16))):
@@ -260,16 +263,15 @@ def _write_shards(folder: Path, split: str, tokenizer: Tokenizer) -> dict:
                     shard.write(data := np.array(ids, header["dtype"]).tobytes())
                     digest.update(data)
                     size = sum(len(text.encode("utf-8")) for text in texts)
-                    for key, n in zip(sums, (len(texts), size, len(ids)), strict=True):
-                        sums[key] += n
+                    sums.update(documents=len(texts), bytes=size, tokens=len(ids))
                     bar.set_postfix(tokens=total["tokens"] + sums["tokens"], refresh=False)
                     bar.update(size)
                 shard.seek(0)
                 shard.write(json.dumps(header | sums).encode("ascii").ljust(HEADER))
-            total = {key: total[key] + sums[key] for key in total}
+            total.update(sums)
             if not texts:
                 break
-    return total | {"sha256": digest.hexdigest()}
+    return {**total, "sha256": digest.hexdigest()}
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -284,10 +286,13 @@ def _manifest(folder: Path, any_version: bool = False) -> dict:
     if not path.exists():
         raise InputError(f"{folder} has no corpus.json: not prepared, or not to the end")
     about = read_json(path)
-    version = request.get("version") if isinstance(request := about.get("request"), dict) else None
-    splits = [sums for sums in (about.get("train"), about.get("val")) if isinstance(sums, dict)]
-    kinds = [(type(sums.get("tokens")), type(sums.get("sha256"))) for sums in splits]
-    whole = kinds == [(int, str)] * 2 if version == VERSION else any_version and version is not None
+    request = about.get("request")
+    version = request.get("version") if isinstance(request, dict) else None
+    if version == VERSION:
+        whole = all(isinstance(sums, dict) and type(sums.get("tokens")) is int and isinstance(sums.get("sha256"), str)
+                    for sums in (about.get("train"), about.get("val")))
+    else:
+        whole = any_version and version is not None
     if not whole:
         raise InputError(f"{path} is damaged or of another version: delete it and prepare again")
     return about

@@ -202,7 +202,7 @@ def measured(model: GPT, tokenizer: Tokenizer, inside: Inside) -> dict:
     lower = torch.tril(torch.ones_like(inside.weights[0, 0], dtype=torch.bool))
     kept: dict = {
         "ids": ids,
-        "bits": numbers(surprisal(inside.logits, ids)),
+        "bits": numbers(surprisal(inside.logits, ids), digits=6),  # the page also shows 2 to the minus that
         "next": {"ids": top.indices.tolist(), "p": numbers(top.values)},
         "near": {"ids": near.indices.tolist(), "cosine": numbers(near.values)},
         "norms": {part: numbers(getattr(inside, part).norm(dim=-1)) for part in ("tokens", "positions", "streams", *PARTS)},
@@ -239,9 +239,9 @@ def visible(token: bytes) -> str:
     return "".join(SIGNS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
-def numbers(x: Tensor) -> list:
-    """A tensor as nested lists of three digits each, which is more than a page can show."""
-    return [numbers(row) for row in x] if x.dim() > 1 else [float(f"{value:.3g}") for value in x.tolist()]
+def numbers(x: Tensor, digits: int = 3) -> list:
+    """A tensor as nested lists of numbers with so many digits; three are more than a page can show."""
+    return [numbers(row, digits) for row in x] if x.dim() > 1 else [float(f"{value:.{digits}g}") for value in x.tolist()]
 
 
 # ------------------------------------------------------------------ the command
@@ -284,13 +284,23 @@ def main() -> None:
     model.to(device)
     if args.new_tokens:
         greedy = SampleConfig(max_new_tokens=args.new_tokens, temperature=0)
-        ids += [token for [token] in generate(model, [ids], greedy, tokenizer.control.values()) if token is not None]
+        for [token] in generate(model, [ids], greedy):
+            assert token is not None  # no token ends a row here: the page shows that the model chose to end
+            ids.append(token)
+            if token in tokenizer.control.values():
+                break
     if len(ids) > most:
         print(f"{len(ids):,} tokens; only the newest {most} are looked at", file=sys.stderr)
     html = page(model, tokenizer, ids, args.checkpoint, written=len(ids) - read)
-    whole = args.out.with_name(f".tmp-{args.out.name}")  # or not at all, if the disk is full
-    whole.write_text(html, encoding="utf-8")
-    os.replace(whole, args.out)
+    out = args.out.resolve()
+    whole = out.with_name(f".tmp-{out.name}")
+    try:
+        whole.write_text(html, encoding="utf-8")
+        os.replace(whole, out)
+    except OSError as error:  # the disk is full
+        raise InputError(f"--out {args.out}: {error.strerror}") from None
+    finally:
+        whole.unlink(missing_ok=True)
     print(f"{args.out}: {len(html.encode()) / 1e6:.1f} MB; open it in a browser")
 
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat import InputError, records
-from nanochat.tokenizer import ROLES, whole_pairs
+from nanochat.records import whole_pairs
+from nanochat.tokenizer import ROLES
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Conversation = list[Message]
@@ -35,16 +36,7 @@ def read(path: str | Path) -> tuple[list[Conversation], list[str]]:
     Raises InputError if the file is empty, is not UTF-8, or has no usable conversation.
     """
     found = _blocks(records.read_text(path)) if Path(path).suffix.lower() == ".txt" else records.read(path)
-    conversations, problems = [], []
-    for line, record in found:
-        try:
-            conversations.append(normalise(record))
-        except InputError as error:
-            problems.append(f"{path}:{line}: {error}")
-    if not conversations:
-        reason = problems[0] if problems else f"{path}: empty"
-        raise InputError(f"{reason} (no usable conversation in the file)")
-    return conversations, problems
+    return records.converted(path, found, normalise, "conversation")
 
 
 def _blocks(text: str) -> Iterator[tuple[int, object]]:
@@ -66,8 +58,6 @@ def normalise(record: object) -> Conversation:
     Consecutive messages of one role are joined by a newline. A usable conversation has a reply,
     no reply without text, and its system message, if there is one, first.
     """
-    if isinstance(record, InputError):
-        raise record
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with messages")
     messages: Conversation = []

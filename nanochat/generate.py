@@ -207,7 +207,7 @@ def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_id
              reader: Reader | None = None) -> Iterator[list[int | None]]:
     """Continue each prompt; yields one list a step: each row's new id, or None once it has ended.
 
-    A row ends with (and yields) one of stop_ids; the generator ends when all rows have, or after
+    A row ends with one of stop_ids, which is not yielded; the generator ends when all rows have, or after
     max_new_tokens. A row that outgrows block_size keeps its newest half, read again from position
     0. reader: one that knows the beginning of the prompts already.
     """
@@ -224,8 +224,8 @@ def generate(model: GPT, prompts: list[list[int]], config: SampleConfig, stop_id
             chosen = next_token(reader.logits(rows), config, rows, generator).tolist()
             for row, new in zip(rows, chosen):
                 row.append(new)
-            yield [None if end else new for end, new in zip(ended, chosen)]
             ended = [end or new in stop_ids for end, new in zip(ended, chosen)]
+            yield [None if end else new for end, new in zip(ended, chosen)]
             if all(ended):
                 return
     finally:
@@ -240,16 +240,13 @@ def newest(ids: list[int], block_size: int) -> list[int]:
 def generate_ids(model: GPT, prompts: list[list[int]], config: SampleConfig,
                  stop_ids: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:
     """All rows at once → (new ids of each row without the stop id, whether it ended by itself)."""
-    stop_ids = set(stop_ids)
     new: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
+    step: list[int | None] = []
     for step in generate(model, prompts, config, stop_ids):
-        for i, token in enumerate(step):
-            if token in stop_ids:
-                ended[i] = True
-            elif token is not None:
-                new[i].append(token)
-    return new, ended
+        for ids, token in zip(new, step):
+            if token is not None:
+                ids.append(token)
+    return new, [token is None for token in step]
 
 
 # ------------------------------------------------------------------ text
@@ -302,19 +299,17 @@ def first_stop(text: str, stop: Sequence[str]) -> int:
 
 def stream(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:
     """Continue one prompt as pieces of text; any control token ends it."""
-    control = set(tokenizer.control.values())
-    ids = (new for [new] in generate(model, [prompt], config, control) if new is not None and new not in control)
+    ids = (new for [new] in generate(model, [prompt], config, tokenizer.control.values()) if new is not None)
     return stream_text(tokenizer, ids, config.stop)
 
 
 def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
     """Continue several prompts together; the whole text of each, up to a control token or a stop string."""
-    control = set(tokenizer.control.values())
     streams = [TextStream(tokenizer, config.stop) for _ in prompts]
     made, going = ["" for _ in prompts], [True for _ in prompts]
-    for step in generate(model, prompts, config, control):
+    for step in generate(model, prompts, config, tokenizer.control.values()):
         for i, token in enumerate(step):
-            if token is None or token in control:
+            if token is None:
                 going[i] = False
             elif going[i]:
                 made[i] += streams[i].add(token)
@@ -398,10 +393,9 @@ class Chat:
 
     def new_ids(self, prompt: list[int], config: SampleConfig) -> Iterator[int]:
         """The ids of a reply as they are chosen; keeps count of them, and of what ends it."""
-        control = set(self.tokenizer.control.values())
         self.tokens, self.finish = 0, "stop"
-        for [new] in generate(self.model, [prompt], config, control, self.reader):
-            if new is None or new in control:
+        for [new] in generate(self.model, [prompt], config, self.tokenizer.control.values(), self.reader):
+            if new is None:
                 return
             self.tokens += 1
             yield new

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +120,8 @@ def add_lora(model: GPT, config: LoRAConfig, new_rows: int) -> None:
     freeze(model, (), new_rows)
     for block in model.h:
         for name in config.targets:
-            parent, _, last = name.rpartition(".")
-            linear = getattr(block.get_submodule(parent), last)
-            setattr(block.get_submodule(parent), last, LoRALinear(linear, config.rank, config.alpha, config.lora_dropout))
+            linear: Any = block.get_submodule(name)
+            block.set_submodule(name, LoRALinear(linear, config.rank, config.alpha, config.lora_dropout))
 
 
 def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
@@ -130,9 +130,10 @@ def freeze(model: GPT, learn: Sequence[str], new_rows: int) -> None:
     learn: a number is so many last blocks and the last layer norm; any other text is a part of a name (attn,
     ln_, h.0., wpe, mlp.c_fc.bias, …). InputError for one that fits no name.
     """
-    last = sum((["ln_f.", *(f"h.{i}." for i in range(len(model.h))[-int(part) :])] for part in learn if part.isdecimal() and int(part)), [])
     names = [name for name, _ in model.named_parameters()]
     parts = [part for part in learn if not part.isdecimal()]
+    blocks = max((int(part) for part in learn if part.isdecimal()), default=0)
+    last = [f"h.{i}." for i in range(max(0, len(model.h) - blocks), len(model.h))] + ["ln_f."] * (blocks > 0)
     if unknown := [part for part in parts if not part or not any(part in name for name in names)]:
         raise InputError(f"--learn {unknown[0] or repr(unknown[0])} is a part of no weight's name; names are {', '.join(names[:14])}, …")
     for name, p in model.named_parameters():
@@ -230,15 +231,14 @@ def from_peft(model: GPT, config: dict, tensors: dict[str, Tensor], path: object
     model.requires_grad_(False)
     for name in sorted({name[: -len(".lora_A.weight")] for name in left if name.endswith(".lora_A.weight")}):
         A, B = left.pop(f"{name}.lora_A.weight"), left.pop(f"{name}.lora_B.weight", None)
-        parent, _, last = name.rpartition(".")
         place = re.fullmatch(rf"h\.(\d+)\.({'|'.join(LINEARS)})", name)
-        linear = getattr(model.get_submodule(parent), last) if place and int(place[1]) < len(model.h) else None
+        linear: Any = model.get_submodule(name) if place and int(place[1]) < len(model.h) else None
         shapes = None if linear is None else ((rank, linear.in_features), (linear.out_features, rank))
         if linear is None or B is None or shapes != (tuple(A.shape), tuple(B.shape)):
             raise InputError(f"{path}: lora_A and lora_B of {name} do not fit the base" + (f", which wants {shapes}" if shapes else ""))
         module = LoRALinear(linear, rank, alpha, config.get("lora_dropout") or 0.0)
         module.lora_A, module.lora_B = nn.Parameter(A.float()), nn.Parameter(B.float())
-        setattr(model.get_submodule(parent), last, module)
+        model.set_submodule(name, module)
     if (rows := left.pop(TOKEN_ROWS, None)) is not None:
         V, C = model.wte.weight.shape
         if not isinstance(places, list) or not all(isinstance(i, int) and 0 <= i < V for i in places) or rows.shape != (len(places), C):

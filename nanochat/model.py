@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat import InputError
 
 IGNORED = -100  # a target that is not learned from: the value that F.cross_entropy ignores too
-LOSS_CHUNK = 1024  # rows of fp32 logits at a time, 206 MB at 50,257: what is made beside them is freed; training keeps the logits
+LOSS_CHUNK = 1024  # rows of logits made at a time, 206 MB in fp32 at 50,257; without gradients each chunk is freed before the next
 ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
     "gpt2": (12, 12, 768),
@@ -122,9 +122,9 @@ class GPT(nn.Module):
         if segments is not None and cache is not None:
             raise ValueError("segments are for rows without a cache")
         T = tokens.size(1)
-        longest = T if cache is None else T + cache.longest
-        if longest > self.config.block_size:
-            raise ValueError(f"{longest - T} + {T} tokens exceed block_size {self.config.block_size}")
+        earlier = 0 if cache is None else cache.longest
+        if earlier + T > self.config.block_size:
+            raise ValueError(f"{earlier} + {T} tokens exceed block_size {self.config.block_size}")
         if cache is not None:
             positions, mask = cache.advance(T)
         elif segments is not None:
@@ -181,14 +181,14 @@ class GPT(nn.Module):
         return F.cross_entropy(at_least_fp32(self.head(x)), targets, reduction="none")
 
     @torch.no_grad()
-    def grow(self, vocab_size: int, seed: int = 0) -> None:
+    def grow(self, vocab_size: int) -> None:
         """Give the token table rows up to vocab_size, in place.
 
         A new row starts as the mean of the old ones plus 1 % noise: its logit is then the mean
         logit, far below the likely ones. A random row would take much of the probability.
         """
         old = self.wte.weight
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         noise = torch.randn(vocab_size - old.size(0), old.size(1), generator=generator)
         new = old.mean(0) + 0.01 * old.std(0) * noise.to(old)
         self.wte.weight = nn.Parameter(torch.cat([old, new]))
@@ -205,9 +205,9 @@ class GPT(nn.Module):
         """An empty cache on the device of the weights, in their dtype; on a CPU at least fp32, which attention reads faster there."""
         c, like = self.config, self.wpe.weight
         shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        dtype = at_least_fp32(like[:1]).dtype if like.device.type == "cpu" else like.dtype
-        keys, values = (like.new_zeros(shape, dtype=dtype) for _ in "kv")
-        return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64))
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
+        keys = like.new_zeros(shape, dtype=dtype)
+        return KVCache(keys, torch.zeros_like(keys), torch.zeros(batch_size, dtype=torch.int64))
 
 
 class Block(nn.Module):

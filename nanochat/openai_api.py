@@ -25,7 +25,8 @@ from nanochat.batching import Token
 from nanochat.dialogue import render_prompt
 from nanochat.formats import Conversation
 from nanochat.generate import SampleConfig, TextStream
-from nanochat.tokenizer import ROLES, Tokenizer, whole_pairs
+from nanochat.records import whole_pairs
+from nanochat.tokenizer import ROLES, Tokenizer
 
 MOST_TOP = 20  # likeliest tokens beside each, at most
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it

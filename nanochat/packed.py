@@ -57,10 +57,9 @@ def pack(model: GPT, quantize: Literal["none", "int8", "plain"] = "none", dtype:
     """
     new_layout = quantize != "none" or model.wpe.weight.device.type == "cpu"
     for block in model.h if new_layout else ():
-        for part in (block.get_submodule("attn"), block.get_submodule("mlp")):
-            for name, child in list(part.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(part, name, packed(child.weight.to(dtype), child.bias.to(dtype), quantize))
+        for name, child in list(block.named_modules()):
+            if type(child) is nn.Linear:
+                block.set_submodule(name, packed(child.weight.to(dtype), child.bias.to(dtype), quantize))
     if new_layout and not model.labels:  # a classifier has a small head of its own
         table = Table(model.wte.weight.to(dtype), quantize)
         model.wte, model.head = table, table.head.forward  # type: ignore[assignment]  # in the table's place

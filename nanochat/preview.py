@@ -38,7 +38,7 @@ def about_texts(train: list[Labelled], tokenizer: Tokenizer) -> dict:
 
 def about(parts: dict[str, list], text: Callable[[Any], str], rows: Rows, counted: dict) -> dict:
     """All that `summary` says, ready for report.json. parts: name → examples, of which the first is the training split."""
-    (first, train), *others = parts.items()
+    (_, train), *others = parts.items()
     texts = list(map(text, train))
     return {
         "examples": {name: len(examples) for name, examples in parts.items()},

@@ -52,15 +52,6 @@ def sum_over_ranks(*values: float) -> list[float]:
     return total.tolist()
 
 
-def largest_of_ranks(number: int) -> int:
-    """The largest of the processes' numbers, for all."""
-    if world_size() == 1:
-        return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
 def from_all_ranks(value) -> list:
     """What each process has, in the order of their ranks."""
     values = [value]

@@ -1,4 +1,4 @@
-"""A user's file → records: JSON lines, one JSON array, or a table (CSV, TSV) with named columns.
+"""Files of text: UTF-8, or refused with their line. A user's file → records: JSON lines, one JSON array, or a table (CSV, TSV).
 
 Conversations and labelled texts come in the same kinds of file. `read` tells the kind by the content
 and gives each record with its line, so that whatever is wrong with one can be said with its place.
@@ -8,11 +8,18 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanochat import InputError
-from nanochat.tokenizer import not_utf8
+
+
+def not_utf8(path: str | Path, error: UnicodeDecodeError, line: int = 1, byte: int = 0) -> InputError:
+    """What to say of a text in another encoding; line, byte: where in the file the failed bytes begin."""
+    line += error.object.count(b"\n", 0, error.start)
+    guess = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gbk"
+    return InputError(f"{path}, line {line}: not UTF-8 at byte {byte + error.start}; "
+                      f"convert it, e.g. iconv -f {guess} -t utf-8")
 
 
 def read_text(path: str | Path) -> str:
@@ -28,6 +35,19 @@ def read_text(path: str | Path) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise InputError(f"{path}, line {line}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8")
     return text
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file as a dict; InputError naming the file if it is damaged."""
+    try:
+        content = json.loads(Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def read(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -106,6 +126,21 @@ def is_quoted_table(text: str, sign: str, columns: int) -> bool:
         return False
 
 
+def converted(path: str | Path, found: Iterable[tuple[int, object]], convert: Callable, kind: str) -> tuple[list, list[str]]:
+    """Records by `convert`, and one line "file:line: reason" for each left out; InputError if that is all of them."""
+    usable, problems = [], []
+    for line, record in found:
+        try:
+            if isinstance(record, InputError):
+                raise record
+            usable.append(convert(record))
+        except InputError as error:
+            problems.append(f"{path}:{line}: {error}")
+    if not usable:
+        raise InputError(f"{problems[0] if problems else f'{path}: empty'} (no usable {kind} in the file)")
+    return usable, problems
+
+
 def named(record: dict) -> dict:
     """A record by its names in lower case; InputError if two of them are then one."""
     found = {str(name).strip().lower(): value for name, value in record.items()}
@@ -126,3 +161,8 @@ def print_left_out(problems: list[str]) -> None:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:
         print(f"left out {len(problems)} records in all", file=sys.stderr)
+
+
+def whole_pairs(text: str) -> str:
+    """The text with halves of surrogate pairs joined, or replaced by U+FFFD where alone, as tiktoken does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

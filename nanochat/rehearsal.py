@@ -63,7 +63,7 @@ def rehearse(model: GPT, optimizer, batch: Batch, micro_steps: int, dtype: torch
     if network is None:  # said here, since the except clause keeps the tensors of the failed step alive
         raise InputError(f"--batch-size {len(batch.inputs)} does not fit the memory of {device}; "
                          + advice(what_fits(model, optimizer, batch, micro_steps, dtype)))
-    for part in getattr(optimizer, "parts", [optimizer]):
+    for part in optimizer.parts:
         part.state.clear()
     set_rng_state(random_state, device)
     model.train(mode)
@@ -226,9 +226,8 @@ def memory_of_machine() -> int:
 
 def optimizer_bytes(optimizer) -> int:
     """Size of its state: two fp32 numbers a weight for AdamW, one for Muon."""
-    parts = getattr(optimizer, "parts", [optimizer])
     return sum((1 if isinstance(part, torch.optim.Muon) else 2) * 4 * p.numel()
-               for part in parts for group in part.param_groups for p in group["params"])
+               for part in optimizer.parts for group in part.param_groups for p in group["params"])
 
 
 def checkpoint_bytes(model: GPT, optimizer) -> int:

@@ -37,11 +37,10 @@ class Progress:
 def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> dict:
     """All that a run needs, beside its weights, to go on as if it had never stopped."""
     name_of = {p: name for name, p in model.named_parameters()}
-    parts = getattr(optimizer, "parts", [optimizer])
     return {
         "progress": asdict(progress),
         "record": record,  # its line of metrics.jsonl, which is written after the checkpoint
-        "optimizer": {name_of[p]: dict(state) for part in parts for p, state in part.state.items()},
+        "optimizer": {name_of[p]: dict(state) for part in optimizer.parts for p, state in part.state.items()},
         "scaler": scaler.state_dict(),
         "rng": processes.from_all_ranks(rng_state(model.wpe.weight.device)),
     }
@@ -50,7 +49,7 @@ def snapshot(progress: Progress, record: dict, model: GPT, optimizer, scaler: to
 def restore(state: dict, model: GPT, optimizer, scaler: torch.amp.GradScaler) -> tuple[Progress, dict]:
     """Put a snapshot back: into the optimizer, scaler and generators; → (progress, record)."""
     name_of = {p: name for name, p in model.named_parameters()}
-    for part in getattr(optimizer, "parts", [optimizer]):
+    for part in optimizer.parts:
         for group in part.param_groups:
             for p in group["params"]:
                 saved = state["optimizer"].get(name_of[p], {})
@@ -100,22 +99,27 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
 
 def switched_off(values: dict) -> dict:
     """The same with each True at False: a flag that is on by default would have another name on the command line."""
-    return {name: switched_off(value) if isinstance(value, dict) else value is not True and value for name, value in values.items()}
+    off = {name: False for name, value in values.items() if value is True}
+    return values | off | {name: switched_off(value) for name, value in values.items() if isinstance(value, dict)}
 
 
 def from_plain(like, values: dict):
     """A dataclass like the one given, of the values that a JSON file kept; TypeError for another set of names."""
-    built = {
-        name: from_plain(getattr(like, name), value) if is_dataclass(getattr(like, name))
-        else tuple(value) if isinstance(getattr(like, name), tuple) else value
-        for name, value in values.items()
-    }
+    built = dict(values)
+    for name, value in values.items():
+        if is_dataclass(old := getattr(like, name)):
+            built[name] = from_plain(old, value)
+        elif isinstance(old, tuple):  # of which JSON made a list
+            built[name] = tuple(value)
     return type(like)(**built)
 
 
 def flat(values: dict) -> dict:
     """The entries of a dict, and in place of each dict in it that one's entries: names as on the command line."""
-    return {key: item for name, value in values.items() for key, item in (flat(value) if isinstance(value, dict) else {name: value}).items()}
+    found: dict = {}
+    for name, value in values.items():
+        found |= flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def meet_conditions(saved: dict, device: torch.device, texts: str) -> None:

@@ -40,7 +40,8 @@ from nanochat.checkpoint import (
     write_json,
 )
 from nanochat.model import GPT
-from nanochat.tokenizer import TEMPLATE_NAME, Tokenizer, read_json
+from nanochat.records import read_json
+from nanochat.tokenizer import TEMPLATE_NAME, Tokenizer
 
 REPORTS = ("metrics.jsonl", "loss.png", "report.md", "report.json", "lengths.png", "confusion.png")  # written beside the steps
 

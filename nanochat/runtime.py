@@ -145,13 +145,13 @@ class Stopped(Exception):
         self.number = number
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
 
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """While this is open, the first SIGINT (Ctrl-C) or SIGTERM only shows in signal_received(); the next one acts."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
     handlers: dict = {}
 
     def put_back() -> None:
@@ -166,7 +166,7 @@ def signals_wait() -> Iterator[None]:
 
     _received.clear()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-        handlers |= {number: signal.signal(number, note) for number in numbers}
+        handlers |= {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield
     finally:
@@ -175,7 +175,8 @@ def signals_wait() -> Iterator[None]:
 
 def signal_received() -> int | None:
     """The signal that came to any of the processes while signals_wait was open, if one did; all of them ask together."""
-    return processes.largest_of_ranks(_received[0] if _received else 0) or None
+    counts = processes.sum_over_ranks(*(number in _received for number in SIGNALS))
+    return next((number for number, count in zip(SIGNALS, counts) if count), None)
 
 
 def run_as_script(main: Callable[[], None]) -> None:

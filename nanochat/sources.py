@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 from nanochat import InputError, wikitext
-from nanochat.tokenizer import not_utf8
+from nanochat.records import not_utf8
 
 PIECE = 1 << 16  # bytes read at a time, and the length at which a text file is cut
 ALONE = 200  # articles cleaned in this process before others are started, which takes a second

@@ -22,7 +22,7 @@ from typing import Any
 from nanochat import InputError, formats
 from nanochat.checkpoint import one_line, write_json
 from nanochat.generate import Chat, SampleConfig
-from nanochat.tokenizer import whole_pairs
+from nanochat.records import whole_pairs
 
 COMMANDS = {  # name: (what follows it, what it does); Talk has a method for each
     "help": ("", "list the commands"),

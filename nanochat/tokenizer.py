@@ -30,6 +30,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanochat import InputError
+from nanochat.records import read_json, whole_pairs
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
@@ -219,26 +220,10 @@ class Tokenizer:
         folder = Path(folder)
         if (folder / "tokenizer.json").exists():
             path = folder / "tokenizer.json"
-            data = read_json(path)
-            model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
-            added = data.get("added_tokens", [])
-            if not (isinstance(model, dict) and isinstance(splitter, dict) and isinstance(added, list)
-                    and all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added)):
-                raise InputError(f"{path}: damaged: no model, pre_tokenizer and added_tokens as `tokenizers` writes them")
-            kind = model.get("type", "BPE")
-            plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-            if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
-                seen = f"{kind} with pre-tokenizer {splitter.get('type')} and normalizer {data.get('normalizer')}"
-                seen = " ".join(seen.split())[:200]
-                raise InputError(f"{path}: {seen}; only byte-level BPE, GPT-2's kind, and BERT's WordPiece are read")
-            vocab, merges = model.get("vocab"), model.get("merges")
-            control = {token["content"]: token.get("id") for token in added}
+            vocab, merges, control = _read_tokenizer_json(path)
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             path = folder / "merges.txt"
-            vocab, added = read_json(folder / "vocab.json"), folder / "added_tokens.json"
-            control = read_json(added) if added.exists() else {}
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
+            vocab, merges, control = _read_vocab_and_merges(folder)
         else:
             raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
         if not (isinstance(vocab, dict) and isinstance(merges, list)
@@ -262,6 +247,31 @@ class Tokenizer:
         return tokenizer
 
 
+def _read_tokenizer_json(path: Path) -> tuple:
+    """(vocabulary, merges, ids of control tokens) as the file has them; InputError if it is no byte-level BPE."""
+    data = read_json(path)
+    model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
+    added = data.get("added_tokens", [])
+    if not (isinstance(model, dict) and isinstance(splitter, dict) and isinstance(added, list)
+            and all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added)):
+        raise InputError(f"{path}: damaged: no model, pre_tokenizer and added_tokens as `tokenizers` writes them")
+    kind = model.get("type", "BPE")
+    plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if kind != "BPE" or not plain or splitter.get("add_prefix_space") or data.get("normalizer"):
+        seen = f"{kind} with pre-tokenizer {splitter.get('type')} and normalizer {data.get('normalizer')}"
+        seen = " ".join(seen.split())[:200]
+        raise InputError(f"{path}: {seen}; only byte-level BPE, GPT-2's kind, and BERT's WordPiece are read")
+    return model.get("vocab"), model.get("merges"), {token["content"]: token.get("id") for token in added}
+
+
+def _read_vocab_and_merges(folder: Path) -> tuple:
+    """The same of the older files."""
+    added = folder / "added_tokens.json"
+    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return read_json(folder / "vocab.json"), merges, read_json(added) if added.exists() else {}
+
+
 def read_template(folder: Path) -> str | None:
     """The folder's chat template if it is ours; newer versions of transformers keep it in a file of its own."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -276,35 +286,9 @@ def read_template(folder: Path) -> str | None:
     return template
 
 
-def not_utf8(path: str | Path, error: UnicodeDecodeError, line: int = 1, byte: int = 0) -> InputError:
-    """What to say of a text in another encoding; line, byte: where in the file the failed bytes begin."""
-    line += error.object.count(b"\n", 0, error.start)
-    guess = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gbk"
-    return InputError(f"{path}, line {line}: not UTF-8 at byte {byte + error.start}; "
-                      f"convert it, e.g. iconv -f {guess} -t utf-8")
-
-
-def whole_pairs(text: str) -> str:
-    """The text with halves of surrogate pairs joined, or replaced by U+FFFD where alone, as tiktoken does."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _has_blank(text: str) -> bool:
     """Finds any 2 · BLANK white-space characters in a row, and some shorter; costs a short text nothing."""
     return any(text[i : i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file as a dict; InputError naming the file if it is damaged."""
-    try:
-        content = json.loads(Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object, found a {type(content).__name__}")
-    return content
 
 
 # On disk each byte is a printable character, so that a vocabulary is a text file: a visible

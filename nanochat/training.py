@@ -435,7 +435,7 @@ def _permutation(examples: int, seed: int, epoch: int) -> torch.Tensor:
 # ------------------------------------------------------------------ optimizer
 
 
-def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | MuonAndAdamW:
+def build_optimizer(model: GPT, config: TrainConfig) -> Optimizers:
     """AdamW for all, or Muon for the matrices of the blocks and AdamW for tables and vectors.
 
     β₂: at a thousand tokens a step, where a token's row has a gradient every few hundred steps, the
@@ -453,13 +453,13 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | 
     others = {"params": list(learning.values()), "weight_decay": 0.0}
     adamw = partial(torch.optim.AdamW, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     if config.optimizer == "adamw":
-        return adamw([matrices, others])
+        return Optimizers([adamw([matrices, others])])
     muon = torch.optim.Muon([matrices], lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW([muon, adamw([others])])
+    return Optimizers([muon, adamw([others])])
 
 
-class MuonAndAdamW:
-    """Two optimizers that step as one, so that an fp16 overflow in either skips both."""
+class Optimizers:
+    """One or two optimizers that step as one, so that an fp16 overflow in either skips both."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
         self.parts = parts

@@ -28,7 +28,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from nanochat import InputError
-from nanochat.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, Tokenizer, not_utf8, read_json, read_template, whole_pairs
+from nanochat.records import not_utf8, read_json, whole_pairs
+from nanochat.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, Tokenizer, read_template
 
 UNKNOWN = "[UNK]"
 CONTROL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", *CHAT_TOKENS)

@@ -228,13 +228,13 @@ def test_a_row_that_has_ended_gives_none_and_disturbs_no_other(make_model):
     prompts = [prompt_of(5), prompt_of(8)]
     whole = said_by(model, prompts, greedy(30))
     stop = next(token for token in whole[0][1:] if token not in whole[1])
-    end = whole[0].index(stop) + 1
+    end = whole[0].index(stop)
     first, second = said_by(model, prompts, greedy(30), stop_ids=[stop])
     assert first == whole[0][:end] + [None] * (30 - end) and second == whole[1]
     new, ended = generate_ids(model, prompts, greedy(30), [stop])
-    assert (new, ended) == ([whole[0][: end - 1], whole[1]], [True, False])
+    assert (new, ended) == ([whole[0][:end], whole[1]], [True, False])
     alone = said_by(model, prompts[:1], greedy(30), stop_ids=[stop])
-    assert alone == [whole[0][:end]]  # the steps end with the last row
+    assert alone == [[*whole[0][:end], None]]  # the steps end with the last row
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])

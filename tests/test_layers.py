@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "model": 0, "tokenizer": 0, "wikitext": 0, "processes": 0, "splits": 0,
-    "runtime": 1, "metrics": 1, "sources": 1, "rows": 1, "records": 1, "lora": 1, "wordpiece": 1, "packed": 1,
-    "corpus": 2, "formats": 2, "classifier": 2, "resume": 2,
-    "checkpoint": 3, "dialogue": 3,
+    "model": 0, "records": 0, "wikitext": 0, "processes": 0, "splits": 0,
+    "tokenizer": 1, "runtime": 1, "metrics": 1, "sources": 1, "rows": 1, "lora": 1, "packed": 1,
+    "wordpiece": 2, "formats": 2, "classifier": 2, "resume": 2,
+    "corpus": 3, "checkpoint": 3, "dialogue": 3,
     "generate": 4, "runs": 4, "preview": 4,
     "evaluate": 5, "rehearsal": 5, "terminal": 5, "batching": 5, "explore": 5,
     "training": 6, "report": 6, "tasks": 6, "openai_api": 6,
