@@ -266,6 +266,24 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def full_disk():
+    """No file can grow beyond 20,000 bytes."""
+    resource = pytest.importorskip("resource", reason="no such limits here")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_on_a_full_disk_the_page_of_before_stays(command, folder, tmp_path, full_disk):
+    (tmp_path / "inside.html").write_text("before")
+    (tmp_path / "link.html").symlink_to("inside.html")
+    code, _, said = command("--checkpoint", str(folder), "--prompt", "The river", "--out", "link.html")
+    assert code == 2 and said.splitlines()[-1] == "error: --out link.html: File too large"
+    assert (tmp_path / "inside.html").read_text() == "before" and not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.fixture
 def folder(talker, tokenizer, tmp_path) -> Path:
     """A checkpoint that chats."""
     (tmp_path / "talker").mkdir()

@@ -15,6 +15,7 @@ import finetune
 import train
 from nanochat import InputError, runs
 from nanochat.metrics import draw_losses
+from nanochat.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,6 +85,12 @@ def test_each_recorded_command_parses_to_the_settings_that_write_it(results_page
         parsed = tyro.cli(settings, args=args)
         again = results_page.command(json.loads(json.dumps(asdict(parsed), default=str)))
         assert tyro.cli(settings, args=shlex.split(again)[2:]) == parsed
+
+
+def test_a_recorded_command_keeps_its_zeros(results_page):
+    zeros = train.Settings(dropout=0.0, training=TrainConfig(weight_decay=0.0, warmup_steps=0))
+    words = results_page.command(json.loads(json.dumps(asdict(zeros), default=str)))
+    assert "--dropout 0.0" in words and "--weight-decay 0.0" in words and "--warmup-steps 0" in words
 
 
 def test_presets_without_a_run_are_named(results_page):

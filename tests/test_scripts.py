@@ -189,6 +189,7 @@ def test_wrong_input_gets_one_line(name, flags, expected, tmp_path):
     (tmp_path / "two.jsonl").write_text("\n".join(many))
     line = last_line(script(name, *flags, cwd=tmp_path))
     assert line.startswith("error: ") and expected in line
+    assert not list(tmp_path.glob("out/corpus/*/corpus.json"))  # it is said before hours of preparing a corpus
 
 
 def test_a_misspelt_flag_gets_a_suggestion(tmp_path):
