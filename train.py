@@ -80,7 +80,7 @@ PRESETS = {
 def main() -> None:
     """Assemble a run, train, and score the best checkpoint on held-out text."""
     parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    parse = partial(parse, default=PRESETS[parse().preset])
+    parse = partial(parse, default=PRESETS[parse().preset])  # read once for the preset, then with its numbers as defaults
     settings, saved, state, device, dtype = training.set_up(parse(), parse, minutes=2.5)
     config = settings.training
 

@@ -99,6 +99,10 @@ def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts:
     that fit; each later one takes new turns up to 3/4 of the block (at least to the next reply)
     and fills the rest with the turns before them, as context without loss. <|endoftext|> and
     the system text begin every window. Turns stay whole, but for those that `cuts` counts.
+
+        a block of 100, turns of 20:    U1 A1* U2 A2*                     * learned from
+                                              U2 A2  U3 A3*
+                                                     U3 A3  U4 A4*
     """
     head = [tokenizer.end_of_text]
     turns = [render_turn(message, tokenizer) for message in messages]

@@ -148,9 +148,14 @@ class Reader:
 
     @torch.inference_mode()
     def logits(self, texts: list[list[int]]) -> Tensor:
-        """Ids of texts, each of at most block_size → logits (B, V) of what may follow each."""
+        """Ids of texts, each of at most block_size → logits (B, V) of what may follow each.
+
+        Rows with equally many unread ids are read together, however many each has read: in decoding it is one
+        id a row. Otherwise each row is first read alone, up to its last id.
+        """
         known = self.rewind(0, [text[:-1] for text in texts])  # the last id of each is read for its logits
-        if len({len(text) - n for text, n in zip(texts, known)}) > 1:  # not side by side: first all but the last
+        unread = {len(text) - n for text, n in zip(texts, known)}
+        if len(unread) > 1:
             for row, text in enumerate(texts):
                 self.read(row, text[:-1])
             known = [len(text) - 1 for text in texts]
@@ -293,7 +298,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = 
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int:
-    """Where the first stop string begins, be it whole or cut off by the end of the text; else len(text)."""
+    """Where the first stop string begins, be it whole or cut off by the end of the text ("one En" for "End": 4); else len(text)."""
     return next((i for i in range(len(text)) for s in stop if s.startswith(text[i : i + len(s)])), len(text))
 
 
@@ -316,7 +321,7 @@ def texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], config: Sa
                 going[i] = not streams[i].stopped
         if not any(going):
             break
-    return [text if stream.stopped else text + stream.end() for text, stream in zip(made, streams)]
+    return [text if one.stopped else text + one.end() for text, one in zip(made, streams)]
 
 
 # ------------------------------------------------------------------ chat

@@ -281,8 +281,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     """The same, by torch's kernel, which never holds the (T, S) table of weights (Dao et al. 2022).
 
     Without a mask: texts from their start (T = S), which is all that `is_causal` serves, since it aligns
-    query 0 with key 0; or a single new query (T = 1), which sees every key. For all else KVCache.advance
-    makes a mask. On a CPU in bf16 the formula makes a training step up to a quarter faster, while the
+    query 0 with key 0; or a single new query (T = 1), which sees every key. Other masks are made by `visible`
+    (packed rows) and `up_to` (KVCache.advance). On a CPU in bf16 the formula makes a training step up to a quarter faster, while the
     table is small, and is used. test_fused_attention_equals_the_formula holds the two equal.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(-2) <= 512:
@@ -304,7 +304,7 @@ def up_to(positions: Tensor, S: int) -> Tensor:
 
 
 def segment_positions(segments: Tensor) -> Tensor:
-    """segments (B, S) → positions (B, S) that restart at 0 where the segment number changes."""
+    """segments (B, S) → positions (B, S) that restart at 0 where the number changes: [1, 1, 1, 2, 2] → [0, 1, 2, 0, 1]."""
     index = torch.arange(segments.size(1), device=segments.device).expand_as(segments)
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return index - torch.where(starts, index, 0).cummax(dim=1).values
@@ -344,9 +344,10 @@ class KVCache:
         """
         positions = self.lengths[:, None] + torch.arange(T)
         alike = bool((self.lengths == self.lengths[0]).all())
-        self.lengths += T
+        self.lengths += T  # in place: `rows` shares them
+        from_the_start = T == self.longest
         mask = None
-        if not alike or T not in (1, self.longest):
+        if not (alike and (T == 1 or from_the_start)):
             mask = up_to(positions, self.longest).to(self.keys.device)
         return positions.to(self.keys.device), mask
 

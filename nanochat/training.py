@@ -67,8 +67,8 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
           tqdm(total=progress.max_steps, initial=progress.step, unit="step", dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10) as bar):
         while True:
-            # What follows a step stands here, before the next one. A checkpoint is written before its
-            # evaluation; a run that is killed between the two evaluates when it is resumed.
+            # What follows a step stands here, before the next one: its checkpoint, below, is saved before it is
+            # evaluated, so that a resumed run, whose `record` comes from there, begins with the evaluation it owes.
             if record:  # of the step just done; none before the first, and after one that was skipped
                 if evaluation_due(progress, config):
                     results = evaluate()
@@ -120,7 +120,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             progress.seconds += seconds
             record = dict(step=progress.step, loss=loss_value, learning_rate=learning_rate, grad_norm=norm_value,
                           tokens_per_second=tokens / seconds, mfu=flops / seconds / peak, seconds=progress.seconds)
-            stop_signal = runtime.signal_received()
+            stop_signal = runtime.signal_received()  # Ctrl-C or SIGTERM, which signals_wait has only noted
             if stop_signal or evaluation_due(progress, config) or is_due(progress.step, config.save_every):
                 state = snapshot(progress, record, model, optimizer, scaler) | {"conditions": conditions}
                 runs.save(out, progress.step, model, tokenizer, settings=settings, results=record, resume=state, keep=config.keep)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from test_layers import imported_rooms
 
 import finetune
 import sample
@@ -52,15 +53,19 @@ def test_both_languages_show_the_same_commands():
 def test_the_tree_names_files_that_exist():
     for readme in READMES:
         tree = re.search(r"<!-- tree -->\s*```\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)[1]
-        names = [line.split()[0] for line in tree.splitlines() if line.strip()]
+        lines = [line for line in tree.splitlines() if not line.strip().startswith("#")]
+        names = [line.split()[0] for line in lines]
         folder = ROOT
-        for line, name in zip(tree.splitlines(), names):
+        for line, name in zip(lines, names):
             path = (folder if line.startswith("  ") else ROOT) / name
             assert path.exists(), f"{readme.name}: {name}"
             if name.endswith("/") and not line.startswith("  "):
                 folder = path
         rooms = {path.name for path in (ROOT / "nanochat").glob("[!_]*.py")}
         assert rooms <= set(names), f"{readme.name} lacks {rooms - set(names)}"
+        for i, name in enumerate(names):
+            if name in rooms:  # as the page says, each imports only files above it
+                assert {f"{room}.py" for room in imported_rooms(ROOT / "nanochat" / name)} <= set(names[:i]), name
 
 
 @pytest.mark.slow
