@@ -68,7 +68,7 @@ def recorded(folder: Path, note: str = "") -> dict:
         "best_step": about["step"],
         "seconds": metrics[-1]["seconds"],
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
-        "peak_memory_mb": report.get("run", {}).get("peak memory, MB"),
+        "peak_memory_mb": max((line["peak_memory_mb"] for line in metrics if "peak_memory_mb" in line), default=None),
         "first_loss": losses[0],
         "curve": [
             {"step": metrics[i]["step"], "loss": mean(losses[max(0, i + 1 - SMOOTH) : i + 1])}

@@ -74,7 +74,7 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
                     results = evaluate()
                     best = note_evaluation(progress, results["val_loss"])
                     runs.add_results(out, progress.step, results, best)
-                    record |= results | {"samples": sample()}
+                    record |= results | {"samples": sample(), "peak_memory_mb": round(runtime.peak_memory(device) / 1e6)}
                     bar.write(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items()) + " (best)" * best
                               + "".join(f"\n  {prompt!r} → {text!r}" for prompt, text in record["samples"].items()), file=sys.stderr)
                 log.write(**record)
