@@ -23,7 +23,7 @@ from test_training import CPU, RandomExamples, assert_equal_states, overflowing,
 
 import finetune
 import train
-from nanochat import InputError, checkpoint, corpus, dialogue, processes, rehearsal, runs, runtime, training
+from nanochat import InputError, checkpoint, corpus, dialogue, processes, rehearsal, runs, runtime, sources, training
 from nanochat.lora import LoRAConfig
 from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.model import GPT, GPTConfig
@@ -701,13 +701,19 @@ def test_ctrl_c_at_a_terminal_stops_a_run_saved(name, place, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_while_workers_clean_articles_ends_in_one_line(tmp_path):
     """The group gets the signal, the workers too: none of them may speak."""
-    running = process("train.py", "--out", "run", cwd=tmp_path, group=True)
-    wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "corpus").glob("*/train.jsonl*")))
-    time.sleep(2)  # into the articles that workers clean
+    page = "<page><title>{}</title><ns>0</ns><revision><text>{}</text></revision></page>".format
+    long = "'''Lake''' is [[water|wet]].{{cite}}\n" * 1000
+    with open(tmp_path / "dump.xml", "w", encoding="utf-8") as file:
+        file.write('<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">')
+        file.writelines(page(f"Alone {i}", "Short.") for i in range(sources.ALONE))
+        file.writelines(page(f"Worker {i}", long) for i in range(2000))  # a minute's work for two
+        file.write("</mediawiki>")
+    running = process("train.py", "--data", "dump.xml", "--out", "run", cwd=tmp_path, group=True)
+    wait_until(lambda: any("Worker" in path.read_text(encoding="utf-8") for path in (tmp_path / "corpus").glob("*/train.jsonl*")))
     os.killpg(running.pid, signal.SIGINT)
     _, shown = running.communicate(timeout=200)
     assert running.returncode == 130 and "Traceback" not in shown, shown
-    assert shown.endswith("\ninterrupted\n") and not (tmp_path / "run").exists()
+    assert shown.endswith("\ninterrupted\n") and not (tmp_path / "run").exists(), shown
 
 
 # ------------------------------------------------------------------ held-out data, pipelines
