@@ -50,7 +50,7 @@ class GPTClassifier(GPT):
         nll = super().chunk_nll(x, targets)
         if self.class_weights is None or not self.training:
             return nll
-        return nll * self.class_weights.to(x.device)[targets]
+        return nll * self.class_weights.to(x.device)[targets.clamp(min=0)]  # an ignored one is 0 whatever the weight
 
 
 def with_label_head(model: GPT, labels: Sequence[str]) -> GPTClassifier:

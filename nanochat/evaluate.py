@@ -27,7 +27,7 @@ from nanochat.classifier import GPTClassifier
 from nanochat.dialogue import render_prompt
 from nanochat.formats import Conversation
 from nanochat.generate import SampleConfig, generate_ids
-from nanochat.model import GPT, IGNORED, LOSS_CHUNK, Batch, at_least_fp32
+from nanochat.model import GPT, IGNORED, LOSS_CHUNK, Batch, at_least_fp32, supervised_places
 from nanochat.packed import pack
 from nanochat.rows import Rows, Window
 from nanochat.runtime import autocast
@@ -89,15 +89,15 @@ def perplexity(loss: float) -> float:
 
 def token_scores(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of each supervised target, in order: → (−ln p in nats, whether it was the likeliest), both (N,); model.nll and more."""
-    supervised = (batch.targets != IGNORED).flatten()
-    x = model.features(batch.inputs, segments=batch.segments).flatten(0, 1)[supervised]
-    targets = batch.targets.flatten()[supervised]
+    places = supervised_places(batch.targets)
+    x = model.features(batch.inputs, segments=batch.segments).flatten(0, 1)[places]
+    targets = batch.targets.flatten()[places]
     nll, right = [x.new_zeros(0, dtype=torch.float32)], [targets.new_zeros(0, dtype=torch.bool)]
     for chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
         logits = at_least_fp32(model.head(chunk))
         nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(dim=-1) == target)
-    return torch.cat(nll), torch.cat(right)
+    return torch.cat(nll)[targets != IGNORED], torch.cat(right)[targets != IGNORED]
 
 
 def losses_of_sources(rows: Rows, batch_size: int, each: dict[int, Tensor]) -> dict[int, float]:

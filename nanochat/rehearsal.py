@@ -74,8 +74,8 @@ def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> GPT:
     """The model with its blocks and the loss compiled; or, after one warning, the model itself.
 
     One block is compiled and serves all layers, once for each length of rows; the rows of the loss are
-    as many as a batch has supervised tokens, so their number stays open (its second value is compiled
-    for any). Tables and the last layer norm stay as they are: compiled, the rows of their gradients
+    as many as a batch has supervised tokens, in steps of 64, so their number stays open (its second
+    value is compiled for any). Tables and the last layer norm stay as they are: compiled, the rows of their gradients
     would add up in any order, and no run could be repeated.
     """
     try:

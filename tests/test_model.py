@@ -151,6 +151,19 @@ def test_loss_is_the_sum_over_supervised_targets(make_model, monkeypatch):
     torch.testing.assert_close(gpt(tokens, targets), expected.sum(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("supervised, rows", [(0, 0), (1, 64), (64, 64), (65, 100), (100, 100)])
+def test_the_head_sees_rows_in_steps_of_64(supervised, rows, monkeypatch):
+    """Else a CPU would keep a kernel of its own for each number of supervised tokens."""
+    gpt = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    tokens, targets = torch.randint(64, (2, 10, 10), generator=torch.Generator().manual_seed(0))
+    targets.view(-1)[torch.randperm(100, generator=torch.Generator().manual_seed(0))[supervised:]] = IGNORED
+    expected = F.cross_entropy(gpt(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    heard, head = [], gpt.head
+    monkeypatch.setattr(gpt, "head", lambda x: heard.append(len(x)) or head(x))
+    torch.testing.assert_close(gpt.nll(tokens, targets).flatten(), expected)
+    assert heard == [rows]
+
+
 def test_token_0_is_learned_like_any_other(make_model):
     gpt = make_model()
     tokens = tokens_of(gpt)
@@ -263,12 +276,12 @@ def test_flops_agree_with_torchs_counter(monkeypatch):
     monkeypatch.setattr(model, "attention", model.attention_formula)  # it does not count the fused one on a CPU
     config = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
     gpt = GPT(config)
-    tokens = torch.zeros(3, 10, dtype=torch.long)
-    targets = torch.where(torch.arange(30) < 7, 0, IGNORED).view(3, 10)
+    tokens = torch.zeros(10, 10, dtype=torch.long)
+    targets = torch.where(torch.arange(100) < 64, 0, IGNORED).view(10, 10)
     for arguments, expected in [
         ((torch.zeros(1, 16, dtype=torch.long),), 16 * forward_flops(config)),
-        ((tokens,), forward_flops(config, 30, T=10)),
-        ((tokens, targets), forward_flops(config, 30, 7, T=10)),
+        ((tokens,), forward_flops(config, 100, T=10)),
+        ((tokens, targets), forward_flops(config, 100, 64, T=10)),
     ]:
         with FlopCounterMode(display=False) as counter:
             gpt(*arguments)
