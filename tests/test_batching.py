@@ -14,6 +14,13 @@ from nanochat.batching import Batcher, Closed, Full, Job, Token
 from nanochat.generate import SampleConfig
 
 
+def until(there) -> None:
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 class Heard:
     """What a job sends."""
 
@@ -142,8 +149,7 @@ def test_one_request_too_many_is_refused_and_a_closed_batcher_takes_none(make_mo
     batcher = serve(model, rows=1, most_waiting=2)
     first, heard = job(prompt_of(3), 2)
     batcher.submit(first)
-    while not batcher.running:
-        time.sleep(0.001)
+    until(lambda: batcher.running)
     rest = [job(prompt_of(3), 2) for _ in range(3)]
     with pytest.raises(Full, match="1 texts"):
         batcher.submit(*(made for made, _ in rest))  # all or none
@@ -152,8 +158,7 @@ def test_one_request_too_many_is_refused_and_a_closed_batcher_takes_none(make_mo
         batcher.submit(rest[2][0])
     closer = threading.Thread(target=batcher.close)
     closer.start()
-    while not batcher.closing:
-        time.sleep(0.001)
+    until(lambda: batcher.closing)
     with pytest.raises(Closed):
         batcher.submit(rest[2][0])
     go.set()

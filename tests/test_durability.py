@@ -249,9 +249,9 @@ FLAGS = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--vocab-size", "3
          "--dropout", "0.1", "--dtype", "float32", "--data", str(ROOT / "data" / "samples" / "garden.txt")]
 
 
-def start(*flags, cwd: Path, **options) -> subprocess.Popen:
+def start(*flags, cwd: Path, script: tuple = (ROOT / "train.py",), **options) -> subprocess.Popen:
     """train.py as a user starts it."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *map(str, (*script, *flags))], cwd=cwd, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
@@ -276,21 +276,35 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+# After so many steps it is to die in so many seconds: of a timer, which is late on no machine, and runs no handler.
+DYING = f"""
+import signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train as script
+from nanochat import runtime, training
+seconds, steps = float(sys.argv.pop()), int(sys.argv.pop())
+real = training.learning_rate_factor
+def hit(step, *rest):
+    if step == steps:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    return real(step, *rest)
+training.learning_rate_factor = hit
+runtime.run_as_script(script.main)
+"""
+
+
 @slow
 @posix
 def test_train_killed_three_times_ends_where_the_uninterrupted_run_does(tmp_path):
-    steps = 120  # so many that no machine is through with the rest before a kill
+    steps = 120  # more than three times 12, and what a fast machine may add in 3 times 20 ms
     flags = [*FLAGS, "--max-steps", str(steps), "--save-every", "1", "--eval-every", "9"]
     ended(start(*flags, "--out", "whole", cwd=tmp_path))
     chance, cut, killed_at = random.Random(SEED), tmp_path / "cut", []
     for flags_now in (flags, ["--resume"], ["--resume"]):
-        process, at = start(*flags_now, "--out", "cut", cwd=tmp_path), newest_step(cut) + chance.randint(3, 12)
-        wait_for(lambda at=at: newest_step(cut) >= at, process)
-        time.sleep(chance.uniform(0, 0.02))  # anywhere within a step
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL  # it had not reached its end
+        at, seconds = newest_step(cut) + chance.randint(3, 12), chance.uniform(0.0001, 0.02)  # anywhere within a step
+        ended(start(*flags_now, "--out", "cut", at, seconds, cwd=tmp_path, script=("-c", DYING)), -signal.SIGALRM)
         killed_at.append(newest_step(cut))
+        assert killed_at[-1] >= at
     print(f"seed {SEED}: killed after steps {killed_at}")
     ended(start("--resume", "--out", "cut", cwd=tmp_path))
 

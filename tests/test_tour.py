@@ -71,7 +71,7 @@ def printed(text: str, steps: int | None = None) -> list[str]:
 
 
 def alike(one: str, other: str, trained: bool) -> bool:
-    """Equal but for the last digits of numbers, or more of them if `trained`, and for a model's words after an arrow."""
+    """Equal but for the last digits of numbers, or more of them if `trained`, and for what follows an arrow."""
     one, other = (re.sub(r"→.*", "→", text) for text in (one, other))
     numbers = zip(*([float(n) for n in NUMBER.findall(text)] for text in (one, other)))
     rel, abs = (0.6, 0.15) if trained else (0.02, 0.02)
