@@ -70,7 +70,7 @@ class Settings:
 
 def main() -> None:
     """Assemble a run, train, and compare the best checkpoint with the start on held-out examples."""
-    parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Settings, description=__doc__)
     settings = parse()
     settings, saved, state, device, dtype = training.set_up(settings, parse, minutes=5, writes=not settings.show_batch)
     config, task = settings.training, TASKS[settings.task]()
@@ -86,9 +86,9 @@ def main() -> None:
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout  # checked; one object, which all modules read
     choose_what_learns(model, tokenizer, settings)
-    block_size = model.config.block_size if settings.block_size is None else min(settings.block_size, model.config.block_size)
-    if block_size < 16:
-        raise InputError(f"--block-size is {block_size}, must be at least 16")
+    block_size = model.config.block_size if settings.block_size is None else settings.block_size
+    if not 16 <= block_size <= model.config.block_size:
+        raise InputError(f"--block-size is {block_size}, must be at least 16 and at most the model's {model.config.block_size}")
     if settings.task == "chat":
         tokenizer.system = shared_system(train_split, tokenizer, block_size)
     train_rows, val_rows, test_rows = (task.rows(part, model, tokenizer, block_size) for part in parts.values())
@@ -103,7 +103,7 @@ def main() -> None:
         return
     share = train_rows.supervised_tokens / train_rows.input_tokens
     print(f"{train_rows.supervised_tokens:,} of {train_rows.input_tokens:,} training tokens are learned from "
-          f"({share:.0%}); {train_rows.cuts}", file=sys.stderr)
+          f"({share:.0%}); {train_rows.cuts}\nvalidation: {val_rows.cuts}; test: {test_rows.cuts}", file=sys.stderr)
 
     def evaluation() -> dict[str, float]:
         """What training looks at in between."""
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def check_flags(settings: Settings) -> None:
-    """InputError for flags of another --task or --method, and for a start that lies where this run will write."""
+    """InputError for flags of another --task or --method."""
     usual = Settings()
     if settings.system and settings.task != "chat":
         raise InputError(f"--system is for --task chat, not {settings.task}")
@@ -128,9 +128,6 @@ def check_flags(settings: Settings) -> None:
     for method, (given, default) in own.items():
         if settings.method != method and (changed := [name for name in given if given[name] != default[name]]):
             raise InputError(f"--{changed[0].replace('_', '-')} is for --method {method}, not {settings.method}")
-    deletes_out, init = not (settings.resume or settings.show_batch), Path(settings.init)
-    if deletes_out and init.exists() and init.resolve().is_relative_to(settings.out.resolve()):
-        raise InputError(f"--init {settings.init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
 
 
 def read_parts(settings: Settings, task: ChatTask | ClassifyTask) -> dict[str, list]:

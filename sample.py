@@ -61,8 +61,9 @@ def main() -> None:
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
     classifies = isinstance(model, GPTClassifier)
-    if classifies and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile):
-        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system, --num-samples and --compile are of no use to it")
+    if classifies and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile or settings.sampling != SampleConfig()):
+        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system, --num-samples, --compile and what --help says of sampling "
+                         "are of no use to it")
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats and not classifies:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")

@@ -47,7 +47,7 @@ class Settings:
     overwrite: bool = False
     """delete what is in --out first"""
     vocab_size: int = corpus.VOCAB_SIZE
-    """from scratch: ids of the tokenizer trained on the text, chat tokens included"""
+    """from scratch: ids of the tokenizer trained on the text, chat tokens included; rounded down to a multiple of 64"""
     block_size: int = 256
     """length of a training crop in tokens, at most the model's; from scratch also the model's"""
     n_layer: int = 4
@@ -79,7 +79,7 @@ PRESETS = {
 
 def main() -> None:
     """Assemble a run, train, and score the best checkpoint on held-out text."""
-    parse = partial(tyro.cli, Settings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Settings, description=__doc__)
     parse = partial(parse, default=PRESETS[parse().preset])  # read once for the preset, then with its numbers as defaults
     settings, saved, state, device, dtype = training.set_up(parse(), parse, minutes=2.5)
     config = settings.training
@@ -102,12 +102,16 @@ def main() -> None:
         model, tokenizer = checkpoint.load(start)
         if isinstance(model, GPTClassifier):
             raise InputError(f"--init {settings.init} is a classifier: its head gives labels, not text")
+        if block_size > model.config.block_size != preset.block_size != block_size:
+            raise InputError(f"--block-size is {block_size}, must be at most {model.config.block_size}, that of --init {settings.init}")
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init is not None else {"vocab_size": settings.vocab_size}
     folder = corpus.folder_for(source, val_source, settings.out.parent / "corpus", **given)
     folder = processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
     if start is None:
         tokenizer = Tokenizer.load(folder)
+        if "vocab_size" in sizes and str(folder) == settings.data and tokenizer.vocab_size != settings.vocab_size // 64 * 64:
+            raise InputError(f"--vocab-size is {settings.vocab_size}, but {folder} was prepared with a tokenizer of {tokenizer.vocab_size} ids")
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     if settings.dropout is not None:
         model.config.dropout = settings.dropout  # one object, which all modules read

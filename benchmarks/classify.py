@@ -30,7 +30,7 @@ import record  # noqa: E402
 
 from data import find  # noqa: E402
 from nanochat import InputError, classifier, runtime, splits  # noqa: E402
-from nanochat.classifier import Labelled, Report  # noqa: E402
+from nanochat.classifier import Labelled  # noqa: E402
 
 FINETUNE = Path(__file__).parent.parent / "finetune.py"
 GRID = list(product([1, 2], [False, True], [1.0, 10.0, 100.0]))  # longest run of words; logarithms of counts; C
@@ -83,23 +83,23 @@ def tfidf(train: list[Labelled], val: list[Labelled], test: list[Labelled]) -> d
 
     labels = classifier.labels_of(train)
 
-    def report(pipeline, split: list[Labelled]) -> Report:
+    def report(pipeline, split: list[Labelled]) -> dict:
         texts, truth = zip(*split)
         said = pipeline.predict(texts)
-        return Report.of(labels, *([labels.index(label) for label in given] for given in (truth, said)))
+        return classifier.report(labels, *([labels.index(label) for label in given] for given in (truth, said)))
 
     found = []
     for longest, logarithms, C in GRID:
         began = time.perf_counter()
         words = TfidfVectorizer(ngram_range=(1, longest), sublinear_tf=logarithms)
         pipeline = make_pipeline(words, LogisticRegression(C=C, max_iter=2000)).fit(*zip(*train))
-        seconds, on_val = time.perf_counter() - began, report(pipeline, val).accuracy
+        seconds, on_val = time.perf_counter() - began, report(pipeline, val)["accuracy"]
         found.append({"ngram_range": [1, longest], "sublinear_tf": logarithms, "C": C,
                       "val_accuracy": on_val, "seconds": seconds})
         if on_val > max((each["val_accuracy"] for each in found[:-1]), default=-1):
             best, on_test = found[-1], report(pipeline, test)
         print(f"TF-IDF: {found[-1]}", file=sys.stderr)
-    return best | {"accuracy": on_test.accuracy, "macro_f1": on_test.macro_f1, "grid": found}
+    return best | {"accuracy": on_test["accuracy"], "macro_f1": on_test["macro_f1"], "grid": found}
 
 
 def finetuned(seed: int, args: argparse.Namespace) -> dict:

@@ -12,7 +12,6 @@ to which tests/test_classifier.py holds this file.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -142,52 +141,24 @@ def probabilities(model: GPTClassifier, rows: Rows, batch_size: int) -> Tensor:
 # ------------------------------------------------------------------ report
 
 
-@dataclass
-class Report:
-    """What a classifier got right: counts[i, j] texts of label i were taken for label j."""
+def report(labels: Sequence[str], truth: Sequence[int], predicted: Sequence[int]) -> dict:
+    """What a classifier got right, of the numbers of the true label and of the predicted one of each text.
 
-    labels: list[str]
-    counts: np.ndarray
-
-    @classmethod
-    def of(cls, labels: list[str], truth: Sequence[int], predicted: Sequence[int]) -> "Report":
-        """Of the numbers of the true label and of the predicted one, of each text."""
-        counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        np.add.at(counts, (np.asarray(truth), np.asarray(predicted)), 1)
-        return cls(labels, counts)
-
-    @property
-    def accuracy(self) -> float:
-        """The share of texts that got their label."""
-        return float(np.trace(self.counts) / max(self.counts.sum(), 1))
-
-    @property
-    def majority(self) -> float:
-        """The accuracy of always saying the commonest label."""
-        return float(self.counts.sum(1).max() / max(self.counts.sum(), 1))
-
-    @property
-    def precision(self) -> np.ndarray:
-        """Of the texts taken for a label, the share that have it; 0 if there are none."""
-        return np.diag(self.counts) / np.maximum(self.counts.sum(0), 1)
-
-    @property
-    def recall(self) -> np.ndarray:
-        """Of the texts that have a label, the share taken for it."""
-        return np.diag(self.counts) / np.maximum(self.counts.sum(1), 1)
-
-    @property
-    def f1(self) -> np.ndarray:
-        """The harmonic mean of precision and recall."""
-        return 2 * np.diag(self.counts) / np.maximum(self.counts.sum(0) + self.counts.sum(1), 1)
-
-    @property
-    def macro_f1(self) -> float:
-        """Mean over the labels that a text has, or was taken for."""
-        met = self.counts.sum(0) + self.counts.sum(1) > 0
-        return float(self.f1[met].mean()) if met.any() else 0.0
-
-    def of_labels(self) -> dict[str, dict[str, float]]:
-        """Precision, recall, F1 and support (how many texts have it) of each label."""
-        return {label: {"precision": float(self.precision[i]), "recall": float(self.recall[i]), "F1": float(self.f1[i]),
-                        "support": int(self.counts[i].sum())} for i, label in enumerate(self.labels)}
+    accuracy; majority: that of always saying the commonest label; macro_f1: the mean F1 of the labels that a text has or was
+    taken for; labels: precision, recall, F1 and support (the texts that have it) of each, 0 where there are none;
+    confusion[i][j]: texts of label i taken for label j.
+    """
+    counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    np.add.at(counts, (np.asarray(truth), np.asarray(predicted)), 1)
+    right, support, taken = np.diag(counts), counts.sum(1), counts.sum(0)
+    precision, recall = right / np.maximum(taken, 1), right / np.maximum(support, 1)
+    f1 = 2 * right / np.maximum(support + taken, 1)  # the harmonic mean of the two
+    met, texts = support + taken > 0, max(counts.sum(), 1)
+    return {
+        "accuracy": float(right.sum() / texts),
+        "macro_f1": float(f1[met].mean()) if met.any() else 0.0,
+        "majority": float(support.max() / texts),
+        "labels": {label: {"precision": float(precision[i]), "recall": float(recall[i]), "F1": float(f1[i]), "support": int(support[i])}
+                   for i, label in enumerate(labels)},
+        "confusion": counts.tolist(),
+    }

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,8 @@ def loglikelihood(model: GPT, tokenizer: Tokenizer, context: str, continuation: 
     if not before:
         before, whole = [tokenizer.end_of_text], [tokenizer.end_of_text, *whole]
     count = len(whole) - len(before)
+    if count < 1:
+        raise InputError(f"{continuation!r} has no token of its own after {context[-40:]!r}: it cannot be compared")
     ids = torch.tensor(whole[-model.config.block_size - 1 :], device=model.wpe.weight.device)
     targets = ids[1:].clone()
     targets[: max(0, len(targets) - count)] = IGNORED
@@ -257,16 +260,10 @@ def measure_classifier(model: GPTClassifier, examples: list[classifier.Labelled]
     """A classifier on held-out texts, in fp32: accuracy, macro F1, loss, a row for each label, and the texts it was surest and wrong about."""
     found = classifier.probabilities(model, rows, batch_size)
     truth = torch.tensor([model.labels.index(label) for _, label in examples])
-    table = classifier.Report.of(model.labels, truth.tolist(), found.argmax(dim=-1).tolist())
     given = found[range(len(truth)), truth]  # what the true label was given
     hardest = [i for i in given.argsort().tolist()[:worst] if found[i].argmax() != truth[i]]
-    return {
-        "accuracy": table.accuracy,
-        "macro_f1": table.macro_f1,
-        "majority": table.majority,
+    return classifier.report(model.labels, truth.tolist(), found.argmax(dim=-1).tolist()) | {
         "loss": -given.clamp(min=1e-30).log().mean().item(),
-        "labels": table.of_labels(),
-        "confusion": table.counts.tolist(),
         "worst": [{"text": examples[i][0], "label": examples[i][1], "taken_for": model.labels[int(found[i].argmax())],
                    "probability": found[i].max().item()} for i in hardest],
     }
@@ -288,7 +285,7 @@ def main() -> None:
     model.to(runtime.pick_device())
     if args.quantize != "none":
         pack(model, args.quantize)
-    block_size = model.config.block_size
+    block_size, rows = model.config.block_size, None
     if isinstance(model, GPTClassifier):
         if args.text:
             raise InputError(f"--text: {args.checkpoint} is a classifier")
@@ -308,6 +305,8 @@ def main() -> None:
     else:
         rows = text_rows((text for _, text in sources.documents(args.data)), tokenizer, block_size)
         result = score(model, tokenizer, rows.batches(args.batch_size), total=math.ceil(len(rows) / args.batch_size))
+    if rows and rows.cuts:
+        print(rows.cuts, file=sys.stderr)
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 

@@ -23,8 +23,9 @@ Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Conversation = list[Message]
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system"}
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "问题", "提问", "用户")
-REPLIES = ("completion", "answer", "response", "reply", "output", "assistant", "回答", "答案", "回复")
+REPLIES = ("completion", "answer", "response", "reply", "output", "assistant", "回答", "答案", "回复", "助手")
 SYSTEMS = ("system", "系统")
 HOW_TO_NAME = ('name the one that the user says "prompt" and the reply "completion"; a third may be "system", '
                'all others are left aside')
@@ -55,8 +56,8 @@ def _blocks(text: str) -> Iterator[tuple[int, object]]:
 def normalise(record: object) -> Conversation:
     """One record of a file → its conversation; InputError says what is wrong with it.
 
-    Consecutive messages of one role are joined by a newline. A usable conversation has a reply,
-    no reply without text, and its system message, if there is one, first.
+    Consecutive messages of one role are joined by a newline. A usable conversation has a reply, no message of
+    user or assistant without text, and its system message, if there is one, first; a blank one is none.
     """
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with messages")
@@ -69,11 +70,14 @@ def normalise(record: object) -> Conversation:
             messages.append({"role": role, "content": content})
     if any(message["role"] == "system" for message in messages[1:]):
         raise InputError("a system message must be the first one")
-    replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not replies:
+    if not any(message["role"] == "assistant" for message in messages):
         raise InputError("no assistant message, so nothing to learn from")
-    if not all(map(str.strip, replies)):  # learned, it would teach to say nothing
-        raise InputError(f"assistant message {[not reply.strip() for reply in replies].index(True) + 1} of {len(replies)} is empty")
+    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        del messages[0]
+    for role in ("assistant", "user"):  # learned, it would teach to say nothing, or to answer it
+        blank = [not message["content"].strip() for message in messages if message["role"] == role]
+        if any(blank):
+            raise InputError(f"{role} message {blank.index(True) + 1} of {len(blank)} is empty")
     return messages
 
 
@@ -84,10 +88,10 @@ def _turns(record: dict) -> list[tuple[str, str]]:
         keys = ("role", "content") if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0] else ("from", "value")
         return _with_system(record, _listed(turns, *keys, SHAREGPT_ROLES))
     if "messages" in record:
-        return _with_system(record, _listed(record["messages"], "role", "content", {role: role for role in ROLES}))
+        return _with_system(record, _listed(record["messages"], "role", "content", OPENAI_ROLES))
     fields = records.named(record)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):  # as trl takes them
-        return _listed(fields["prompt"] + fields["completion"], "role", "content", {role: role for role in ROLES})
+        return _listed(fields["prompt"] + fields["completion"], "role", "content", OPENAI_ROLES)
     asked, replied = ([name for name in names if name in fields] for names in (PROMPTS, REPLIES))
     if alpaca := asked in (["instruction"], ["instruction", "input"]):
         asked = ["instruction"]
@@ -134,7 +138,11 @@ def _listed(turns: object, role_key: str, text_key: str, names: dict[str, str]) 
         role, content = turn.get(role_key), turn.get(text_key)
         if role not in list(names):  # in a list: a role of the wrong type has no hash
             raise InputError(f"role {reprlib.repr(role)}, must be one of {list(names)}")
+        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise InputError(f"{text_key} of a {role} message is {type(content).__name__}, must be text")
+        if turn.get("weight") not in (None, 1):
+            raise InputError(f"weight {reprlib.repr(turn['weight'])} of a message: here every reply is learned from; leave out the weight, or the record")
         pairs.append((names[role], content))
     return pairs

@@ -41,7 +41,7 @@ class SampleConfig:
     stop: tuple[str, ...] = ()
     """end the text before any of these strings"""
     seed: int = 0
-    """equal seeds give equal texts"""
+    """equal seeds give equal texts, of the same prompts side by side"""
 
     def __post_init__(self):
         bounds = {

@@ -40,7 +40,7 @@ class LoRAConfig:
     """What is added, and where."""
 
     rank: int = 8
-    """width of the addition; 8 to 64"""
+    """rank r of the addition; 8 to 64 is usual"""
     alpha: float = 16.0
     """the addition is scaled by alpha / rank"""
     lora_dropout: float = 0.0

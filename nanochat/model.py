@@ -70,7 +70,7 @@ class GPTConfig:
 
 
 class Batch(NamedTuple):
-    """What one training forward eats."""
+    """The tensors of one forward pass in training."""
 
     inputs: Tensor  # (B, T) token ids
     targets: Tensor  # (B, T) the id that should follow each input, or IGNORED
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         old = self.wte.weight
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(vocab_size - old.size(0), old.size(1), generator=generator)
-        new = old.mean(0) + 0.01 * old.std(0) * noise.to(old)
+        new = old.mean(0) + 0.01 * old.std(0, correction=0) * noise.to(old)
         self.wte.weight = nn.Parameter(torch.cat([old, new]))
         self.wte.num_embeddings = self.config.vocab_size = vocab_size
 
@@ -278,7 +278,7 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The same, by torch's kernel, which never holds the (T, S) table of weights (Dao et al. 2022).
+    """softmax(q kᵀ / √D) v by torch's fused kernel, which never holds the (T, S) table of weights (Dao et al. 2022).
 
     Without a mask: texts from their start (T = S), which is all that `is_causal` serves, since it aligns
     query 0 with key 0; or a single new query (T = 1), which sees every key. Other masks are made by `visible`
@@ -388,7 +388,7 @@ def forward_flops(config: GPTConfig, tokens: int = 1, supervised: int | None = N
     """Of a forward pass of so many tokens in rows of T (block_size if not said); multiply-adds count as two.
 
     A token: 2·(weights in the blocks' products) + 4·n_layer·T·C for q kᵀ and the weighted sum of v
-    (Kaplan et al. 2020, table 1). The head: 2·V·C for each of the supervised tokens, all if not said.
+    (Chowdhery et al. 2022, appendix B). The head: 2·V·C for each of the supervised tokens, all if not said.
     Training costs three times this: backward is two products per forward one (recomputation not counted).
     """
     C, L = config.n_embd, config.n_layer

@@ -375,7 +375,7 @@ class Served:
             else:
                 turns.append({"role": role, "content": text})
         given = turns[0]["role"] == "system"
-        if given and not turns[0]["content"]:  # an empty one: none, not even the checkpoint's own
+        if given and not turns[0]["content"].strip():  # an empty one: none, not even the checkpoint's own
             turns.pop(0)
         elif not given and self.system:
             turns.insert(0, {"role": ROLES[0], "content": self.system})

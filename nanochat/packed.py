@@ -70,7 +70,7 @@ def pack(model: GPT, quantize: Literal["none", "int8", "plain"] = "none", dtype:
 
 def packed(weight: Tensor, bias: Tensor | None, quantize: str) -> nn.Module:
     """The fastest module that gives x Wᵀ + b for a weight (N, K) where it lies; F.linear where nothing better runs."""
-    kinds = {"int8": (Int8OneDNN, Int8), torch.float32: (Sliced,), torch.bfloat16: (Blocked,)}
+    kinds = {"int8": (DynamicInt8, Int8), torch.float32: (Sliced,), torch.bfloat16: (Blocked,)}
     for kind in kinds.get(weight.dtype if quantize == "none" else quantize, ()):
         try:
             layer = kind(weight, bias)
@@ -153,8 +153,10 @@ class Int8(nn.Module):
         return F.linear(x, self.numbers.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
-class Int8OneDNN(nn.Module):
+class DynamicInt8(nn.Module):
     """Int8 on a CPU, but each call's inputs are rounded to 8 bits too: the product is one of whole numbers.
+
+    A CPU without VNNI adds pairs of such products in 16 bits, which would overflow: there it is 7 bits.
 
     All rows of a call share 255 steps, so each is first scaled to the same size. A text's rounding still
     depends a little on what is computed beside it.
@@ -169,16 +171,16 @@ class Int8OneDNN(nn.Module):
             warnings.simplefilter("ignore")  # torch announces the removal of such tensors; Int8 will take over then
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             tensor = torch._make_per_channel_quantized_tensor(numbers, scale[:, 0].double(), zeros, 0)
-            self.ours = torch.ops.quantized.linear_prepack(tensor, None)
-        self.bias = bias
+            self.weight = torch.ops.quantized.linear_prepack(tensor, None)
+        self.bias, self.seven_bits = bias, not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         if x.numel() == x.size(-1):  # a single row
-            y = torch.ops.quantized.linear_dynamic(x32, self.ours, False)
+            y = torch.ops.quantized.linear_dynamic(x32, self.weight, self.seven_bits)
         else:
             size = x32.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-            y = torch.ops.quantized.linear_dynamic(x32 / size, self.ours, False) * size
+            y = torch.ops.quantized.linear_dynamic(x32 / size, self.weight, self.seven_bits) * size
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nanochat import InputError
 
@@ -87,16 +88,17 @@ def parse(text: str) -> tuple[int, object]:
 def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
     """Rows under a line of column names; tabs, else commas or semicolons, whichever that line has more of, part them.
 
-    Quotes are as spreadsheets write them; but where every line has the same number of those signs, and quotes that do
-    not make a table of them, a quote is part of the text. InputError if the quotes leave rows in doubt.
+    Spaces after the signs are none of the fields, if the first line has some. Quotes are as spreadsheets write them; but
+    where every line has the same number of those signs, and quotes that do not make a table of them, a quote is part of
+    the text. InputError if the quotes leave rows in doubt.
     """
     header = text.lstrip("\n").partition("\n")[0]
     sign = "\t" if "\t" in header else max(",;", key=header.count)
     even = all(line.count(sign) == header.count(sign) for line in text.split("\n") if line)
     csv.field_size_limit(sys.maxsize)
-    plain = even and not is_quoted_table(text, sign, header.count(sign) + 1)
-    quoting = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
-    rows = csv.reader(io.StringIO(text), delimiter=sign, **quoting)
+    style: dict[str, Any] = {"delimiter": sign, "skipinitialspace": sign != "\t" and f"{sign} " in header}
+    plain = even and not is_quoted_table(text, style, header.count(sign) + 1)
+    rows = csv.reader(io.StringIO(text), **style, **({"quoting": csv.QUOTE_NONE} if plain else {"strict": True}))
     columns: list[str] = []
     line = 1
     while True:
@@ -118,10 +120,10 @@ def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
         line = rows.line_num + 1
 
 
-def is_quoted_table(text: str, sign: str, columns: int) -> bool:
+def is_quoted_table(text: str, style: dict, columns: int) -> bool:
     """Whether every row, read with its quotes, has so many fields."""
     try:
-        return all(len(row) in (0, columns) for row in csv.reader(io.StringIO(text), delimiter=sign, strict=True))
+        return all(len(row) in (0, columns) for row in csv.reader(io.StringIO(text), **style, strict=True))
     except csv.Error:
         return False
 

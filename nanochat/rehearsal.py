@@ -94,11 +94,6 @@ def compiled(model: GPT, optimizer, batch: Batch, dtype: torch.dtype) -> GPT:
         return model
 
 
-def graphs() -> int:
-    """How many graphs have been compiled so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
-
 def time_steps(network: nn.Module, optimizer, batch: Batch, micro_steps: int, dtype: torch.dtype,
                seconds: float) -> tuple[float, float]:
     """Median seconds of a micro-step and of a step, over all processes and about `seconds`."""

@@ -78,29 +78,19 @@ def settings_to_resume(settings, resume: dict, parse: Callable):
     """
     try:
         values = resume["conditions"]["settings"] | {"out": settings.out, "resume": False, "overwrite": False}
-        began, default = from_plain(settings, values), from_plain(settings, switched_off(values))
+        began = from_plain(settings, values)
         if "processes" not in resume["conditions"]:  # which the first versions did not note
             raise KeyError("processes")
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"--resume: {settings.out} is not a run of this script and version ({error}); "
                          "--init goes on from its weights") from None
-    now = parse(default=default)
-    for name, value in flat(values).items():
-        for part in (now, now.training):
-            if value is True and hasattr(part, name):
-                setattr(part, name, True)
+    now = parse(default=began)
     before, after = (flat(asdict(s)) for s in (began, now))
     changed = [f"--{name.replace('_', '-')} {after[name]} (it began with {before[name]})"
                for name in after if name not in FREE and after[name] != before[name]]
     if changed:
         raise InputError(f"--resume: {', '.join(changed)} would make it another run; leave it out, or start one with --init")
     return now
-
-
-def switched_off(values: dict) -> dict:
-    """The same with each True at False: a flag that is on by default would have another name on the command line."""
-    off = {name: False for name, value in values.items() if value is True}
-    return values | off | {name: switched_off(value) for name, value in values.items() if isinstance(value, dict)}
 
 
 def from_plain(like, values: dict):

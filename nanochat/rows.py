@@ -91,7 +91,7 @@ class Rows:
 def best_fit(found: list[Window], block_size: int) -> list[list[Window]]:
     """Pack windows into rows: longest first, each into the fullest row with room for it.
 
-    (Best-fit decreasing: at most 11/9 of the fewest rows possible, Johnson 1973.)
+    (Best-fit decreasing: at most 11/9 of the fewest rows possible and a few more, Johnson 1973.)
     """
     rows: list[list[Window]] = []
     with_space: list[list[list[Window]]] = [[] for _ in range(block_size + 1)]  # [n]: rows with n places left

@@ -218,7 +218,7 @@ def run_as_script(main: Callable[[], None]) -> None:
 def say(line: str, code: int) -> int:
     """Print the line; → the code. What all processes meet rank 0 alone says: torchrun ends the others meanwhile."""
     if processes.rank():
-        time.sleep(2)
+        time.sleep(5)
     if line:
         print(f"rank {processes.rank()}: {line}" if processes.rank() else line, file=sys.__stderr__ if processes.rank() else sys.stderr)
     processes.leave(code)

@@ -6,7 +6,7 @@ outcome is measured and what is shown of it.
 
 from typing import Any
 
-from nanochat import InputError, classifier, dialogue, evaluate, formats, preview, records
+from nanochat import InputError, classifier, dialogue, evaluate, formats, lora, preview, records
 from nanochat.classifier import GPTClassifier, Labelled
 from nanochat.formats import Conversation
 from nanochat.model import GPT
@@ -66,6 +66,8 @@ class ClassifyTask:
         """A label head on the model, new unless it has one for just these labels."""
         labels = classifier.labels_of(train)
         if not isinstance(model, GPTClassifier) or model.labels != labels:
+            if lora.is_adapted(model):  # a resumed run's
+                raise InputError("--resume: the labels are not those that the run began with; --init goes on with other data")
             model = classifier.with_label_head(model, labels)
         model.class_weights = classifier.balanced(train, labels) if balance else None
         return model

@@ -30,7 +30,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanochat import InputError
-from nanochat.records import read_json, whole_pairs
+from nanochat.records import read_json, read_text, whole_pairs
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
@@ -347,8 +347,11 @@ def main() -> None:
                 with open(path, encoding="utf-8-sig") as file:
                     while chunk := "".join(islice(file, 1000)):
                         yield chunk
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8: {error}") from None
+            except UnicodeDecodeError:
+                read_text(path)  # says where
+                raise
+            except IsADirectoryError:
+                raise InputError(f"{path} is a folder: name its files") from None
 
     try:
         tokenizer = Tokenizer.train(chunks(), args.vocab_size)

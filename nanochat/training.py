@@ -11,8 +11,8 @@ their gradients: the settings say what a step is, the number of processes only h
 A resumed run is the run that it would have been: a checkpoint holds all that a step depends on
 (resume.py), and the order of the examples is a function of one counter.
 
-Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon;
-linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018; MFU, the share of the
+Sources: AdamW, Loshchilov & Hutter 2019; Muon, Jordan et al. 2024, as torch.optim.Muon, its update
+scaled as in Liu et al. 2025; linear decay to zero, Defazio et al. 2023; the loss scaler, Micikevicius et al. 2018; MFU, the share of the
 devices' measured peak that the network's products reach, Chowdhery et al. 2022, appendix B.
 """
 
@@ -132,9 +132,10 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
             bar.update()
 
     model.eval()
-    if conditions["compiled"]:
-        print(f"{rehearsal.graphs()} graphs were compiled", file=sys.stderr)
     draw_losses(out / "metrics.jsonl", out / "loss.png")
+    if progress.step < progress.max_steps and not runtime.signal_received():
+        print(f"step {progress.step} of {progress.max_steps} is the last: no better validation loss in --patience {config.patience} evaluations",
+              file=sys.stderr)
     if stop_signal := runtime.signal_received():
         raise runtime.Stopped(stop_signal, f"step {progress.step} is saved in {out}; --resume goes on from it")
     return progress
@@ -167,7 +168,7 @@ class TrainConfig:
     warmup_steps: int = 20
     """steps of rising rate"""
     beta2: float = 0.999
-    """memory of AdamW for squared gradients; steps of over 100,000 tokens want 0.95"""
+    """AdamW's decay of the running mean of squared gradients; steps of over 100,000 tokens want 0.95"""
     weight_decay: float = 0.1
     """decoupled decay of the matrices, never of tables, biases and layer norms"""
     clip: float = 1.0
@@ -244,6 +245,9 @@ def set_up(settings, parse: Callable, minutes: float, writes: bool = True) -> tu
     writes: False if nothing will be written, so that the run folder may hold another run.
     """
     overwrite = settings.overwrite or not (writes or settings.resume)
+    init = Path(settings.init or "")
+    if settings.init and writes and not settings.resume and init.exists() and init.resolve().is_relative_to(settings.out.resolve()):
+        raise InputError(f"--init {init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
     saved, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, overwrite))
     if state:
         settings = settings_to_resume(settings, state, parse)
@@ -319,6 +323,8 @@ def announcement(model: GPT, data: Examples, config: TrainConfig, progress: Prog
         f"about {minutes:.1f} minutes for {left:,} steps, and evaluations; "
         f"{memory / 1e9:.1f} GB of memory; {disk / 1e6:,.0f} MB a checkpoint, {config.keep + 1} kept at most",
     ]
+    if progress.max_steps <= config.warmup_steps:
+        lines.append(f"the rate rises for --warmup-steps {config.warmup_steps}: this run ends before it falls")
     if progress.step:
         lines.append(f"resumed at step {progress.step:,}" + ("" if left else ": the run is complete; --init goes on from its "
                      "weights with a new schedule"))

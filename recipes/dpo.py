@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import trange
 from trial import Result, Trial, compare, run
 
-from nanochat import InputError, dialogue, formats, records, runtime, splits, training
+from nanochat import InputError, checkpoint, dialogue, formats, records, runtime, splits, training
 from nanochat.generate import SampleConfig, generate_ids
 from nanochat.model import GPT
 from nanochat.rows import Rows, Window
@@ -81,6 +81,7 @@ def to_rows(pairs: list[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[R
     """Chosen and rejected replies, each after its prompt, in rows of equal numbers; pairs too long for a row are left out."""
     both = Rows([], block_size), Rows([], block_size)
     for prompt, *replies in pairs:
+        [prompt] = dialogue.with_system([prompt], tokenizer.system)  # as a chat begins
         start = len(dialogue.render_prompt(prompt, tokenizer))
         whole = [dialogue.render([*prompt, {"role": "assistant", "content": reply}], tokenizer)[0] for reply in replies]
         if max(map(len, whole)) <= block_size + 1:
@@ -121,7 +122,6 @@ def main(trial: Settings) -> None:
     started = {}  # seed → the model, its tokenizer, training and held-out rows, and what it said of these before
 
     def measure(seed: int) -> Result:
-        """The margins of the held-out pairs, and the scores of their chosen replies."""
         model, tokenizer, _, test, reference = started[seed]
         margin = dpo_loss(*of_all(model, test), *reference, trial.beta)[1]
         return {"margin": margin.mean().item(), "margin above 0": (margin > 0).float().mean().item()} | trial.measure(model, tokenizer, test[0])
@@ -131,16 +131,16 @@ def main(trial: Settings) -> None:
         model, tokenizer = trial.start(seed)
         if not trial.pairs:
             trial.fit(model, tokenizer, seed)
+        elif not checkpoint.load(trial.init)[1].chat_template:
+            raise InputError(f"--pairs: --init {trial.init} does not chat; finetune.py teaches it")
         pairs = splits.split(read_pairs(trial.pairs), (0.8, 0.2)) if trial.pairs else [made_pairs(model.eval(), tokenizer, trial.parts[i]) for i in (0, 2)]
         train, test = (to_rows(part[: trial.examples], tokenizer, trial.block_size) for part in pairs)
         started[seed] = model.eval(), tokenizer, train, test, of_all(model, test)
         return measure(seed)
 
     def after(seed: int) -> Result:
-        """The same model, once it has learned the preferences."""
-        model, tokenizer, train = started[seed][:3]
-        optimise(model, train, trial, seed)
-        trial.keep(model, tokenizer)
+        optimise(started[seed][0], started[seed][2], trial, seed)
+        trial.keep(*started[seed][:2], trial.dpo_steps + (0 if trial.pairs else trial.steps))
         return measure(seed)
 
     compare(trial, {"before": before, "DPO": after})

@@ -53,9 +53,9 @@ def main(trial: Settings) -> None:
     def judged(probabilities: Tensor, labels: list[str]) -> Result:
         """The scores of probabilities (texts, labels) on the test texts."""
         truth = [labels.index(label) for _, label in trial.parts[2]]
-        report = classifier.Report.of(labels, truth, probabilities.argmax(dim=-1).tolist())
+        report = classifier.report(labels, truth, probabilities.argmax(dim=-1).tolist())
         loss = -probabilities[range(len(truth)), truth].log().mean().item()
-        return {"accuracy": report.accuracy, "macro F1": report.macro_f1, "loss": loss}
+        return {"accuracy": report["accuracy"], "macro F1": report["macro_f1"], "loss": loss}
 
     def alone(seed: int) -> Result:
         """The mean member."""

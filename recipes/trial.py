@@ -118,10 +118,10 @@ class Trial:
         self.fit(model, tokenizer, seed, **changes)
         return self.measure(model, tokenizer)
 
-    def keep(self, model: GPT, tokenizer: Tokenizer) -> None:
-        """With --out, write the first model that comes there: sample.py chats with it, finetune.py goes on from it."""
+    def keep(self, model: GPT, tokenizer: Tokenizer, steps: int | None = None) -> None:
+        """With --out, write the first model that comes there, as of so many steps: sample.py chats with it, finetune.py goes on from it."""
         if (out := getattr(self, "out", None)) and not out.exists():
-            print(f"wrote {runs.save(out, self.steps, model, tokenizer, settings=asdict(self), results={})}", file=sys.stderr)
+            print(f"wrote {runs.save(out, steps or self.steps, model, tokenizer, settings=asdict(self), results={})}", file=sys.stderr)
 
 
 def compare(trial: Trial, arms: dict[str, Callable[[int], Result]]) -> None:
@@ -135,8 +135,8 @@ def compare(trial: Trial, arms: dict[str, Callable[[int], Result]]) -> None:
     for metric in [*results.values()][-1][0]:
         columns = [[result[metric] for result in found] for found in results.values()]
         columns.append([b - a for a, b in zip(*columns[-2:])])
-        spread = [stdev(column) if len(column) > 1 else math.nan for column in columns]
-        print(metric.ljust(22) + "".join(f"{mean(column):.4g} ± {sd:.2g}".rjust(20) for column, sd in zip(columns, spread)))
+        spread = [f" ± {stdev(column):.2g}" if len(column) > 1 else "" for column in columns]
+        print(metric.ljust(22) + "".join(f"{mean(column):.4g}{sd}".rjust(20) for column, sd in zip(columns, spread)))
 
 
 def run(settings: type[Trial], main: Callable[[Trial], None], about: str) -> None:

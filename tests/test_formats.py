@@ -59,7 +59,11 @@ def read(tmp_path):
     ({"问题": "a", "回答": "b", "系统": "S"}, [{"role": "system", "content": "S"}, *talk("a", "b")]),
     ({"messages": [*talk("a"), *talk("b"), *talk("c", "d", first="assistant")]}, talk("a\nb", "c", "d")),
     ({"messages": talk("🙂👩‍👩‍👧", "🎉🎉")}, talk("🙂👩‍👩‍👧", "🎉🎉")),
-    ({"messages": talk("", "b")}, talk("", "b")),
+    ({"messages": [{"role": "system", "content": " \n"}, *talk("a", "b")]}, talk("a", "b")),  # a blank system text is none
+    ({"messages": [{"role": "developer", "content": "S"}, *talk("a", "b")]}, [{"role": "system", "content": "S"}, *talk("a", "b")]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, *talk("c", first="assistant")]},
+     talk("ab", "c")),
+    ({"用户": "a", "助手": "b"}, talk("a", "b")),
     ({"messages": [{"role": "user", "content": "a", "name": "Ann", "x": None}, {"role": "assistant", "content": "b", "weight": 1}]}, talk("a", "b")),
 ])
 def test_a_record_says_by_its_names_what_it_is(record, expected):
@@ -70,10 +74,13 @@ def test_a_record_says_by_its_names_what_it_is(record, expected):
     ({"messages": talk("a", "")}, "assistant message 1 of 1 is empty"),
     ({"messages": talk("a", " \n")}, "assistant message 1 of 1 is empty"),
     ({"messages": talk("a", "b", "c", "  ")}, "assistant message 2 of 2 is empty"),
+    ({"messages": talk(" ", "b")}, "user message 1 of 1 is empty"),
+    ({"messages": [*talk("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "weight 0 of a message: here every reply is learned from"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of a user message is list, must be text"),
     ({"messages": talk("a")}, "no assistant message"),
     ({"messages": []}, "no assistant message"),
     ({"messages": [*talk("a", "b"), {"role": "system", "content": "S"}]}, "a system message must be the first one"),
-    ({"messages": [{"role": "tool", "content": "5"}]}, "role 'tool', must be one of ['system', 'user', 'assistant']"),
+    ({"messages": [{"role": "tool", "content": "5"}]}, "role 'tool', must be one of ['system', 'user', 'assistant', 'developer']"),
     ({"messages": [{"role": "assistant", "content": None}]}, "content of a assistant message is NoneType, must be text"),
     ({"messages": "Hi"}, "messages must be a list of objects"),
     ({"instruction": "a", "output": ""}, "assistant message 1 of 1 is empty"),
@@ -106,6 +113,7 @@ TABLES = {
     "semicolons.csv": '"系统";"问题";"回答"\r\n"Be kind.";"你好 🙂";"Hello, ""you""!"\r\n',
     "tabs.tsv": '\ufeffprompt\tcompletion\tsystem\n你好 🙂\tHello, "you"!\tBe kind.\n',
     "quoted tabs.tsv": '"prompt"\t"completion"\t"system"\n"你好 🙂"\t"Hello, ""you""!"\t"Be kind."\n',
+    "spaces.csv": 'prompt, completion, system\n"你好 🙂", "Hello, ""you""!", Be kind.\n',
     "alpaca.csv": 'instruction,input,output,system\n你好 🙂,,"Hello, ""you""!",Be kind.\n',
 }
 

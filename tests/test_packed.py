@@ -1,6 +1,8 @@
 """Weights laid out for decoding: the same logits, within the rounding of each type."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -14,7 +16,7 @@ from nanochat.classifier import GPTClassifier
 from nanochat.generate import Reader
 from nanochat.lora import LoRAConfig, add_lora
 from nanochat.model import GPT, GPTConfig
-from nanochat.packed import Blocked, Int8, Int8OneDNN, Plain, Sliced, pack, ready
+from nanochat.packed import Blocked, DynamicInt8, Int8, Plain, Sliced, pack, ready
 
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -66,10 +68,10 @@ def test_bfloat16_in_blocks_is_as_near_as_the_plain_model(make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [Int8, Int8OneDNN])
+@pytest.mark.parametrize("kind", [Int8, DynamicInt8])
 def test_int8_errs_by_a_few_hundredths_of_the_logits_spread(make_model, monkeypatch, dtype, kind):
     if kind is Int8:
-        monkeypatch.setattr(Int8OneDNN, "__init__", lambda *_: torch.ops.nobody.has_this())
+        monkeypatch.setattr(DynamicInt8, "__init__", lambda *_: torch.ops.nobody.has_this())
     exact = make_model(n_embd=72)
     tokens = torch.tensor([prompt_of(BLOCK), prompt_of(BLOCK, seed=1)])
     expected = exact(tokens)
@@ -84,18 +86,34 @@ def test_int8_rounds_each_weight_to_a_step_of_its_rows_largest():
     numbers, scale = packed.int8(weight)
     assert numbers.tolist() == [[127, -63, 1], [-127, 0, 1], [0, 0, 0]]
     torch.testing.assert_close(scale[:2, 0], torch.tensor([1.0, 0.01]))
-    for kind in (Int8, Int8OneDNN):  # inputs that are 255 whole steps apart: nothing is rounded there
-        got = kind(weight, torch.tensor([1.0, 2.0, 3.0]))(torch.tensor([[128.0, -127.0, 1.0]]))
-        expected = torch.tensor([[127 * 128 + 63 * 127 + 1 + 1.0, -1.27 * 128 + 0.01 + 2, 3.0]])
+    top = 128.0 if torch.cpu._is_vnni_supported() else 64.0
+    for kind in (Int8, DynamicInt8):  # inputs that are 255 whole steps apart, or 127: nothing is rounded there
+        got = kind(weight, torch.tensor([1.0, 2.0, 3.0]))(torch.tensor([[top, 1 - top, 1.0]]))
+        expected = torch.tensor([[127 * top + 63 * (top - 1) + 1 + 1, -1.27 * top + 0.01 + 2, 3.0]])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [Int8, Int8OneDNN])
+@pytest.mark.parametrize("kind", [Int8, DynamicInt8])
 def test_int8_takes_large_inputs_and_small_ones_beside_them(kind):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).half()
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).half() * torch.tensor([[1.0], [50.0], [400.0]]).half()
     got, expected = kind(weight, None)(x).float(), x.float() @ weight.float().T
     assert ((got - expected).norm(dim=1) / expected.norm(dim=1) < 0.02).all()
+
+
+@pytest.mark.slow
+def test_int8_is_as_exact_on_a_cpu_without_vnni():
+    """All its tests once more, with the kernel that such a CPU has: it adds pairs of products in 16 bits."""
+    code = """import ctypes, pathlib, sys, pytest, torch
+kernels = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+kernels._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE(1)  # AVX2
+torch.cpu._is_vnni_supported = lambda: sys.argv[1] == "as if it had it"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "int8 and not without"]))"""
+    outcomes = [subprocess.run([sys.executable, "-c", code, said, __file__], capture_output=True, text=True) for said in ("", "as if it had it")]
+    assert outcomes[0].returncode == 0, outcomes[0].stdout
+    if "_ZN6fbgemm" in outcomes[0].stderr:  # another kind of CPU
+        pytest.skip("no FBGEMM here")
+    assert "test_int8_takes_large_inputs_and_small_ones_beside_them[DynamicInt8]" in outcomes[1].stdout  # the test can fail
 
 
 def test_where_a_kernel_is_missing_the_plain_product_serves(make_model, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from nanochat import InputError, checkpoint, dialogue
 from nanochat.model import GPT, GPTConfig
 from nanochat.rows import Rows, Window
+from nanochat.tokenizer import Tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PAGES = sorted(path.stem for path in RECIPES.glob("*.py"))
@@ -115,6 +116,16 @@ def test_dpo_loss_is_that_of_trl(tokenizer, make_model, tmp_path):
     ours, margin = dpo.dpo_loss(*dpo.of_all(policy, both), *dpo.of_all(reference, both), beta=0.3)
     assert margin.abs().min() > 0.01  # else all losses were ln 2
     assert abs(ours.mean().item() - theirs.item()) < 1e-5
+
+
+def test_dpo_of_given_pairs_wants_a_model_that_chats(tokenizer, tmp_path, make_model):
+    dpo = importlib.import_module("dpo")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))) + "\n" for texts in PAIRS * 4), encoding="utf-8")
+    plain = Tokenizer.train(["words of a text"], 320)
+    checkpoint.write_hugging_face(tmp_path, make_model(torch.float32, vocab_size=plain.vocab_size, block_size=64), plain)
+    with pytest.raises(InputError, match="does not chat"):
+        dpo.main(dpo.Settings(init=str(tmp_path), pairs=file, seeds=1))
 
 
 def test_dpo_reads_texts_and_messages_alike_and_names_the_line_of_a_wrong_pair(tmp_path):

@@ -178,7 +178,8 @@ def measure(tmp_path, monkeypatch, capsys, model, tokenizer):
         (tmp_path / file).write_text(content, encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / name), str(tmp_path / file), *flags])
         evaluate.main()
-        return json.loads(capsys.readouterr().out)
+        out, measure.said = capsys.readouterr()
+        return json.loads(out)
 
     return measure
 
@@ -204,6 +205,12 @@ def test_what_is_measured_is_told_by_the_model_and_the_file(measure, model, toke
     assert set(labelled["labels"]) == {"a", "b"} and labelled["labels"]["a"]["support"] == 1
 
 
+def test_what_was_cut_is_said(measure):
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A small river. " * 40}]}
+    measure("chat", json.dumps(talk), "x.jsonl")
+    assert "1 replies, 0 prompts, 0 system texts cut to fit the block" in measure.said
+
+
 def test_plain_text_is_scored_token_by_token_in_windows(model, tokenizer):
     texts = ["A small river. " * 20, "x", ""]
     rows = evaluate.text_rows(texts, tokenizer, 16)
@@ -224,6 +231,8 @@ def test_a_choice_has_the_likelihood_of_its_tokens(model, tokenizer):
     expected = sum(logits[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
     assert evaluate.loglikelihood(model, tokenizer, "The river", " runs") == pytest.approx(expected, rel=1e-9)
     assert evaluate.loglikelihood(model, tokenizer, "The river ", "runs") == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(InputError, match="has no token of its own"):  # it would be the likeliest of all
+        evaluate.loglikelihood(model, tokenizer, "The river", "")
     long = evaluate.loglikelihood(model, tokenizer, "The river" * 100, " runs")  # of a long context the end counts
     assert math.isfinite(long) and long < 0
 

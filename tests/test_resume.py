@@ -356,6 +356,24 @@ def test_every_setting_is_free_on_resume_or_refused_by_name(name, interrupted, s
     assert files_in(out) == before
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_start_that_the_run_would_delete_is_refused(name, interrupted, start):
+    out = interrupted(name)
+    before = files_in(out)
+    data = "garden.txt" if name == "train.py" else "dialogues.jsonl"
+    with pytest.raises(InputError, match="lies in --out .*, whose run is deleted at the start"):
+        start(name, "--data", data, "--init", out / "last", "--out", out, "--overwrite")
+    assert files_in(out) == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_block_longer_than_the_models_is_refused(name, place, start, tmp_path):
+    data = "garden.txt" if name == "train.py" else "dialogues.jsonl"
+    with pytest.raises(InputError, match=r"--block-size is 512, must be .*at most (the model's )?64"):
+        start(name, "--data", data, "--val-data", data, "--init", "base", "--block-size", 512, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_changed_settings_are_named_with_what_they_were(interrupted, start):
     with pytest.raises(InputError, match=r"--resume: --learning-rate 0\.5 \(it began with 0\.01\), --seed 7 \(it began with 0\)"):
         start("train.py", "--resume", "--out", interrupted("train.py"), "--seed", 7, "--learning-rate", 0.5)
@@ -675,9 +693,10 @@ def test_a_second_signal_ends_a_process_at_once(name, numbers, code, place, tmp_
     checkpoint.load(tmp_path / "cut")
 
 
-def wait_until(there) -> None:
+def wait_until(there, running: subprocess.Popen) -> None:
     end = time.monotonic() + 200
     while not there():
+        assert running.poll() is None, running.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -689,7 +708,7 @@ def test_ctrl_c_at_a_terminal_stops_a_run_saved(name, place, tmp_path):
     log = tmp_path / "cut" / "metrics.jsonl"
     flags = flags_of(name, "--max-steps", 10**6, "--save-every", 10**6, "--eval-every", 10**6, "--out", log.parent)
     running = process(name, *flags, cwd=place, group=True)
-    wait_until(lambda: len(read_metrics(log)) > 3)
+    wait_until(lambda: len(read_metrics(log)) > 3, running)
     os.killpg(running.pid, signal.SIGINT)
     _, shown = running.communicate(timeout=200)
     assert running.returncode == 130 and "Traceback" not in shown, shown
@@ -708,8 +727,8 @@ def test_ctrl_c_while_workers_clean_articles_ends_in_one_line(tmp_path):
         file.writelines(page(f"Alone {i}", "Short.") for i in range(sources.ALONE))
         file.writelines(page(f"Worker {i}", long) for i in range(2000))  # a minute's work for two
         file.write("</mediawiki>")
-    running = process("train.py", "--data", "dump.xml", "--out", "run", cwd=tmp_path, group=True)
-    wait_until(lambda: any("Worker" in path.read_text(encoding="utf-8") for path in (tmp_path / "corpus").glob("*/train.jsonl*")))
+    running = process("train.py", "--data", "dump.xml", "--out", "run", cwd=tmp_path, group=True, before="os.cpu_count = lambda: 2")
+    wait_until(lambda: any("Worker" in path.read_text(encoding="utf-8") for path in (tmp_path / "corpus").glob("*/train.jsonl*")), running)
     os.killpg(running.pid, signal.SIGINT)
     _, shown = running.communicate(timeout=200)
     assert running.returncode == 130 and "Traceback" not in shown, shown
@@ -748,6 +767,8 @@ def test_a_corpus_that_was_prepared_beforehand_is_trained_on(start, tmp_path, mo
     flags = flags_of("train.py", "--max-steps", 4, "--save-every", 2, "--data", shards)
     start("train.py", *flags, "--out", "out/prepared")
     assert not list((tmp_path / "out").glob("corpus*"))
+    with pytest.raises(InputError, match="--vocab-size is 512, but .* was prepared with a tokenizer of 384 ids"):
+        start("train.py", *flags, "--vocab-size", 512, "--out", "out/other")
     losses = [record["loss"] for record in read_metrics(tmp_path / "out/prepared/metrics.jsonl")]
     start("train.py", *flags, "--data", SAMPLES / "garden.txt", "--out", "out/whole")
     assert losses == [record["loss"] for record in read_metrics(tmp_path / "out/whole/metrics.jsonl")]

@@ -80,13 +80,14 @@ def test_finetuning_tells_the_test_perplexity_before_and_after(folder):
     assert "replies:" in log
 
 
-@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--task", "classify", "--balance", "--recompute"]])
+@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--task", "classify", "--balance", "--no-recompute"]])
 def test_what_a_run_had_switched_on_stays_on_whether_named_again_or_not(flags):
     began = finetune.Settings(task="classify", balance=True, training=TrainConfig(recompute=True))
     saved = {"conditions": {"settings": json.loads(json.dumps(asdict(began), default=str)), "processes": 1}}
-    parse = partial(tyro.cli, finetune.Settings, args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, finetune.Settings, args=flags)
     now = settings_to_resume(parse(), saved, parse)
-    assert now.balance and now.training.recompute and now.resume and now.task == "classify"
+    assert now.training.recompute == ("--no-recompute" not in flags)  # which changes no weight
+    assert now.balance and now.resume and now.task == "classify"
     saved["conditions"]["settings"]["balance"] = False
     if "--balance" in flags:
         with pytest.raises(InputError, match="balance"):

@@ -478,11 +478,13 @@ def test_the_command_trains_saves_and_compares(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("problem", ["absent", "not UTF-8", "too small", "a file as folder"])
+@pytest.mark.parametrize("problem", ["absent", "not UTF-8", "too small", "a file as folder", "a folder as file"])
 def test_the_command_ends_in_one_line_and_exit_code_2(tmp_path, problem):
     source, out, size = tmp_path / "text.txt", tmp_path / "out", 320
-    if problem != "absent":
-        source.write_bytes(b"\xff\xfeT" if problem == "not UTF-8" else TEXT.encode())
+    if problem == "a folder as file":
+        source.mkdir()
+    elif problem != "absent":
+        source.write_bytes(b"T" * 20_000 + b"\n\xff\xfeT" if problem == "not UTF-8" else TEXT.encode())
     if problem == "too small":
         size = 100
     if problem == "a file as folder":
@@ -490,5 +492,5 @@ def test_the_command_ends_in_one_line_and_exit_code_2(tmp_path, problem):
     done = run(source, "--vocab-size", size, "--out", out)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    named = {"too small": "--vocab-size is 100", "a file as folder": str(out)}.get(problem, str(source))
+    named = {"too small": "--vocab-size is 100", "a file as folder": str(out), "not UTF-8": f"{source}, line 2: not UTF-8 at byte 20001"}.get(problem, str(source))
     assert done.stderr.startswith("error: ") and named in done.stderr

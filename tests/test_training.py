@@ -399,10 +399,12 @@ def test_every_group_steps_at_the_rate_that_is_logged(optimizer, tokenizer, tmp_
     assert rates[-4 * parts :] == [{r["learning_rate"]} for r in records for _ in range(parts)]  # before them, the rehearsal's
 
 
-def test_the_start_of_a_run_prints_its_length(tokenizer, tmp_path, capsys):
-    run(tiny(tokenizer), RandomExamples([9] * 10), tmp_path, tokenizer, accumulate=3, max_steps=None, epochs=2)
+@pytest.mark.parametrize("warmup", [3, 4])
+def test_the_start_of_a_run_prints_its_length_and_that_it_ends_in_warm_up(warmup, tokenizer, tmp_path, capsys):
+    run(tiny(tokenizer), RandomExamples([9] * 10), tmp_path, tokenizer, accumulate=3, max_steps=None, epochs=2, warmup_steps=warmup)
     shown = capsys.readouterr().err
     assert "6 a step, 96 tokens; 4 steps, 2.40 epochs" in shown  # 20 examples fill 3.3 steps
+    assert ("the rate rises for --warmup-steps 4" in shown) == (warmup == 4)
 
 
 def test_minutes_become_a_number_of_steps_before_the_first(tokenizer, tmp_path, capsys):
@@ -511,7 +513,7 @@ def assert_equal_states(one: Path, other: Path) -> None:
             assert torch.equal(value, states[1]["optimizer"][name][key]), (name, key)
 
 
-def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, capsys):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
     model = tiny(tokenizer)
     config = TrainConfig(batch_size=2, max_steps=10, eval_every=1, keep=1, patience=3)
@@ -520,6 +522,7 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tokenizer, tmp_path, mon
     assert progress.step == 5 and progress.best_loss == 2.0
     assert checkpoint.locate(tmp_path).resolve().name == "step-000002"
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000005"]
+    assert "step 5 of 10 is the last: no better validation loss in --patience 3 evaluations" in capsys.readouterr().err
 
 
 def test_a_validation_loss_that_only_equals_the_best_is_no_better(tokenizer, tmp_path):
