@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from test_resume import FLAGS, Killed, assert_same_end, call_main, killed, save_base, tensors_of
 
+import sample as sample_script
 from nanochat import InputError, checkpoint, classifier, evaluate, lora, training
 from nanochat.classifier import balanced, labels_of, probabilities, report, to_rows, with_label_head
 from nanochat.metrics import read_metrics
@@ -321,6 +324,19 @@ def test_a_killed_run_resumes_to_the_same_end(method, place, start, tmp_path, mo
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
     assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == 8
     assert any("score" in name for name in tensors_of(tmp_path / "cut" / "last"))
+
+
+def test_a_classifiers_sample_gives_the_likeliest_labels_and_refuses_what_is_for_text(whole, monkeypatch, capsys):
+    def sample(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(whole), "--prompt", "Boats", *flags])
+        sample_script.main()
+
+    sample()
+    shares = re.findall(r"([\d.]+)%", capsys.readouterr().out)
+    assert len(shares) == 3 and sum(map(float, shares)) == pytest.approx(100, abs=0.2) and shares == sorted(shares, key=float, reverse=True)
+    for flags in (["--temperature", "0.1"], ["--max-new-tokens", "3"], ["--stop", "x"], ["--raw"], ["--num-samples", "2"]):
+        with pytest.raises(InputError, match="gives labels, not text"):
+            sample(*flags)
 
 
 def test_a_chat_does_not_start_from_a_classifier_and_balance_is_for_labels(whole, place, start, tmp_path):
