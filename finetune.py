@@ -86,9 +86,11 @@ def main() -> None:
     if settings.dropout is not None:
         model.config.dropout = replace(model.config, dropout=settings.dropout).dropout  # checked; one object, which all modules read
     choose_what_learns(model, tokenizer, settings)
-    block_size = model.config.block_size if settings.block_size is None else settings.block_size
-    if not 16 <= block_size <= model.config.block_size:
-        raise InputError(f"--block-size is {block_size}, must be at least 16 and at most the model's {model.config.block_size}")
+    longest = model.config.block_size
+    block_size = longest if settings.block_size is None else settings.block_size
+    if block_size < 16 or (block_size > longest and saved is None):
+        raise InputError(f"--block-size is {block_size}, must be at least 16 and at most the model's {longest}")
+    block_size = min(block_size, longest)
     if settings.task == "chat":
         tokenizer.system = shared_system(train_split, tokenizer, block_size)
     train_rows, val_rows, test_rows = (task.rows(part, model, tokenizer, block_size) for part in parts.values())

@@ -7,7 +7,7 @@
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import tyro
@@ -61,9 +61,10 @@ def main() -> None:
     device = runtime.pick_device(settings.device)
     model, tokenizer = checkpoint.load(settings.checkpoint)
     classifies = isinstance(model, GPTClassifier)
-    if classifies and (settings.raw or settings.system or settings.num_samples > 1 or settings.compile or settings.sampling != SampleConfig()):
-        raise InputError(f"{settings.checkpoint} gives labels, not text: --raw, --system, --num-samples, --compile and what --help says of sampling "
-                         "are of no use to it")
+    given, usual = (asdict(s) | asdict(s.sampling) for s in (settings, Settings()))
+    of_text = [name for name in ("raw", "system", "num_samples", "compile", *asdict(SampleConfig())) if given[name] != usual[name]]
+    if classifies and of_text:
+        raise InputError(f"{settings.checkpoint} gives labels, not text: --{of_text[0].replace('_', '-')} is of no use to it")
     chats = tokenizer.chat_template is not None and not settings.raw
     if settings.prompt is None and not chats and not classifies:
         raise InputError("--prompt is missing: only a model fine-tuned on dialogue chats, and not with --raw")

@@ -7,6 +7,7 @@
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -102,7 +103,7 @@ def main() -> None:
         model, tokenizer = checkpoint.load(start)
         if isinstance(model, GPTClassifier):
             raise InputError(f"--init {settings.init} is a classifier: its head gives labels, not text")
-        if block_size > model.config.block_size != preset.block_size != block_size:
+        if saved is None and block_size > model.config.block_size and block_size != preset.block_size:
             raise InputError(f"--block-size is {block_size}, must be at most {model.config.block_size}, that of --init {settings.init}")
         block_size = min(block_size, model.config.block_size)
     given = {"tokenizer": tokenizer} if settings.init is not None else {"vocab_size": settings.vocab_size}
@@ -110,8 +111,8 @@ def main() -> None:
     folder = processes.from_rank_0(lambda: corpus.prepare(source, folder, val_source=val_source, **given))
     if start is None:
         tokenizer = Tokenizer.load(folder)
-        if "vocab_size" in sizes and str(folder) == settings.data and tokenizer.vocab_size != settings.vocab_size // 64 * 64:
-            raise InputError(f"--vocab-size is {settings.vocab_size}, but {folder} was prepared with a tokenizer of {tokenizer.vocab_size} ids")
+        if "vocab_size" in sizes and Path(settings.data) == folder and tokenizer.vocab_size != settings.vocab_size // 64 * 64:
+            print(f"{folder} has a tokenizer of its own, of {tokenizer.vocab_size:,} ids: --vocab-size is of no use", file=sys.stderr)
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
     if settings.dropout is not None:
         model.config.dropout = settings.dropout  # one object, which all modules read

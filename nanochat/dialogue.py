@@ -47,8 +47,8 @@ def render_prompt(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
 
 
 def opening(system: str) -> Conversation:
-    """How a conversation begins: with its system text, if there is one."""
-    return [{"role": "system", "content": system}] if system else []
+    """How a conversation begins: with its system text, if there is one that is not blank."""
+    return [{"role": "system", "content": system}] if system.strip() else []
 
 
 def with_system(conversations: list[Conversation], text: str) -> list[Conversation]:

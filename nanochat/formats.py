@@ -22,7 +22,7 @@ from nanochat.tokenizer import ROLES
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Conversation = list[Message]
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system"}
 OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system"}
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "问题", "提问", "用户")
 REPLIES = ("completion", "answer", "response", "reply", "output", "assistant", "回答", "答案", "回复", "助手")
@@ -57,12 +57,14 @@ def normalise(record: object) -> Conversation:
     """One record of a file → its conversation; InputError says what is wrong with it.
 
     Consecutive messages of one role are joined by a newline. A usable conversation has a reply, no message of
-    user or assistant without text, and its system message, if there is one, first; a blank one is none.
+    user or assistant without text before the last reply, and its system message, if there is one, first; a blank one is none.
     """
     if not isinstance(record, dict):
         raise InputError(f"a record is {type(record).__name__}, must be an object with messages")
     messages: Conversation = []
     for role, content in _turns(record):
+        if role == "system" and not content.strip():
+            continue
         content = whole_pairs(content)
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + content
@@ -72,8 +74,8 @@ def normalise(record: object) -> Conversation:
         raise InputError("a system message must be the first one")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("no assistant message, so nothing to learn from")
-    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
-        del messages[0]
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        del messages[-1]
     for role in ("assistant", "user"):  # learned, it would teach to say nothing, or to answer it
         blank = [not message["content"].strip() for message in messages if message["role"] == role]
         if any(blank):
@@ -117,7 +119,7 @@ def _with_system(record: dict, turns: list[tuple[str, str]]) -> list[tuple[str, 
     system = record.get("system")
     if not isinstance(system, str) or not system.strip():
         return turns
-    if turns and turns[0][0] == "system":
+    if turns and turns[0][0] == "system" and turns[0][1].strip():
         raise InputError("it has a system message, and a system text beside the messages; keep one")
     return [("system", system), *turns]
 
@@ -142,7 +144,7 @@ def _listed(turns: object, role_key: str, text_key: str, names: dict[str, str]) 
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise InputError(f"{text_key} of a {role} message is {type(content).__name__}, must be text")
-        if turn.get("weight") not in (None, 1):
-            raise InputError(f"weight {reprlib.repr(turn['weight'])} of a message: here every reply is learned from; leave out the weight, or the record")
+        if names[role] == "assistant" and turn.get("weight") not in (None, 1):
+            raise InputError(f"weight {reprlib.repr(turn['weight'])} of a reply: here every reply is learned from; leave out the weight, or the record")
         pairs.append((names[role], content))
     return pairs

@@ -168,7 +168,7 @@ class GPT(nn.Module):
         """Negative log-likelihood of each target, −ln p, in nats: fp32 (B, T), 0 where ignored.
 
         The head is the widest product of a small GPT, so it is computed for supervised
-        positions only, LOSS_CHUNK rows at a time.
+        positions only (and a few more, up to a multiple of 64), LOSS_CHUNK rows at a time.
         """
         places = supervised_places(targets)  # first: a GPU waits here for their number
         x = self.features(tokens, segments=segments).flatten(0, 1)  # (B·T, C)

@@ -156,7 +156,7 @@ class Int8(nn.Module):
 class DynamicInt8(nn.Module):
     """Int8 on a CPU, but each call's inputs are rounded to 8 bits too: the product is one of whole numbers.
 
-    A CPU without VNNI adds pairs of such products in 16 bits, which would overflow: there it is 7 bits.
+    An x86 CPU without VNNI adds pairs of such products in 16 bits, which would overflow: there it is 7 bits.
 
     All rows of a call share 255 steps, so each is first scaled to the same size. A text's rounding still
     depends a little on what is computed beside it.
@@ -172,7 +172,8 @@ class DynamicInt8(nn.Module):
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             tensor = torch._make_per_channel_quantized_tensor(numbers, scale[:, 0].double(), zeros, 0)
             self.weight = torch.ops.quantized.linear_prepack(tensor, None)
-        self.bias, self.seven_bits = bias, not torch.cpu._is_vnni_supported()
+        self.bias = bias
+        self.seven_bits = torch.backends.quantized.engine != "qnnpack" and not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nanochat import InputError
 
@@ -88,17 +87,16 @@ def parse(text: str) -> tuple[int, object]:
 def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
     """Rows under a line of column names; tabs, else commas or semicolons, whichever that line has more of, part them.
 
-    Spaces after the signs are none of the fields, if the first line has some. Quotes are as spreadsheets write them; but
-    where every line has the same number of those signs, and quotes that do not make a table of them, a quote is part of
-    the text. InputError if the quotes leave rows in doubt.
+    Quotes are as spreadsheets write them; but where every line has the same number of those signs, and quotes that do
+    not make a table of them, a quote is part of the text. InputError if the quotes leave rows in doubt.
     """
     header = text.lstrip("\n").partition("\n")[0]
     sign = "\t" if "\t" in header else max(",;", key=header.count)
     even = all(line.count(sign) == header.count(sign) for line in text.split("\n") if line)
     csv.field_size_limit(sys.maxsize)
-    style: dict[str, Any] = {"delimiter": sign, "skipinitialspace": sign != "\t" and f"{sign} " in header}
-    plain = even and not is_quoted_table(text, style, header.count(sign) + 1)
-    rows = csv.reader(io.StringIO(text), **style, **({"quoting": csv.QUOTE_NONE} if plain else {"strict": True}))
+    plain = even and not is_quoted_table(text, sign, header.count(sign) + 1)
+    quoting = {"quoting": csv.QUOTE_NONE} if plain else {"strict": True}
+    rows = csv.reader(io.StringIO(text), delimiter=sign, **quoting)
     columns: list[str] = []
     line = 1
     while True:
@@ -114,16 +112,19 @@ def read_table(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
             if len(set(columns)) < len(columns) or not all(columns):
                 raise InputError(f"{path}, line {line}: columns are {shown(columns)}: each needs a name of its own, in the first line")
         elif any(field.strip() for field in fields):
-            same = len(fields) == len(columns)
-            yield line, dict(zip(columns, fields)) if same else InputError(
-                f"{len(fields)} fields, the first line names {len(columns)} columns: {shown(columns)}")
+            if len(fields) != len(columns):
+                yield line, InputError(f"{len(fields)} fields, the first line names {len(columns)} columns: {shown(columns)}")
+            elif not plain and any(field.startswith(' "') and field.endswith('"') for field in fields):
+                yield line, InputError(f'a field begins with a space and a quote, which would be part of its text: leave out the space after "{sign}"')
+            else:
+                yield line, dict(zip(columns, fields))
         line = rows.line_num + 1
 
 
-def is_quoted_table(text: str, style: dict, columns: int) -> bool:
+def is_quoted_table(text: str, sign: str, columns: int) -> bool:
     """Whether every row, read with its quotes, has so many fields."""
     try:
-        return all(len(row) in (0, columns) for row in csv.reader(io.StringIO(text), **style, strict=True))
+        return all(len(row) in (0, columns) for row in csv.reader(io.StringIO(text), delimiter=sign, strict=True))
     except csv.Error:
         return False
 

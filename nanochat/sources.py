@@ -86,7 +86,7 @@ def _read_file(path: Path, top: Path, workers: int | None, bar: tqdm) -> Iterato
         file = bz2.open(raw) if raw.peek(3).startswith(b"BZh") else raw
         try:
             head = file.peek(1000)[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
-            if not head:  # an empty file
+            if not file.peek(1):  # an empty file
                 return
             if b"\0" in head:
                 raise InputError(f"{path}: has zero bytes, so it is not UTF-8; convert it, e.g. iconv -f utf-16 -t utf-8")

@@ -347,9 +347,9 @@ def main() -> None:
                 with open(path, encoding="utf-8-sig") as file:
                     while chunk := "".join(islice(file, 1000)):
                         yield chunk
-            except UnicodeDecodeError:
-                read_text(path)  # says where
-                raise
+            except UnicodeDecodeError as error:
+                read_text(path)  # says where; of a pipe there is nothing left to read
+                raise InputError(f"{path}: not UTF-8: {error}") from None
             except IsADirectoryError:
                 raise InputError(f"{path} is a folder: name its files") from None
 

@@ -247,7 +247,7 @@ def set_up(settings, parse: Callable, minutes: float, writes: bool = True) -> tu
     overwrite = settings.overwrite or not (writes or settings.resume)
     init = Path(settings.init or "")
     if settings.init and writes and not settings.resume and init.exists() and init.resolve().is_relative_to(settings.out.resolve()):
-        raise InputError(f"--init {init} lies in --out {settings.out}, whose run is deleted at the start: name another --out")
+        raise InputError(f"--init {init} lies in --out {settings.out}, where this run begins anew: name another --out")
     saved, state = processes.from_rank_0(lambda: runs.open_run(settings.out, settings.resume, overwrite))
     if state:
         settings = settings_to_resume(settings, state, parse)

@@ -63,14 +63,14 @@ def made_pairs(model: GPT, tokenizer: Tokenizer, conversations: list[formats.Con
     return [(c[:-1], c[-1]["content"], tokenizer.decode(ids)) for c, ids in zip(cut, said)]
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file, in its order; InputError names the first line that is none."""
+def read_pairs(path: Path, system: str = "") -> list[Pair]:
+    """The pairs of a file, in its order, those without a system text with this one; InputError names the first line that is none."""
     pairs = []
     for line, record in records.read(path):
         try:
             prompt, *replies = ([{"role": role, "content": record[name]}] if isinstance(record[name], str) else record[name]
                                 for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")))
-            chosen, rejected = (formats.normalise({"messages": prompt + reply}) for reply in replies)
+            chosen, rejected = dialogue.with_system([formats.normalise({"messages": prompt + reply}) for reply in replies], system)
             pairs.append((chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]))
         except (TypeError, KeyError, InputError) as error:
             raise InputError(f'{path}:{line}: a pair is {{"prompt", "chosen", "rejected"}}, texts or messages ({error!r})') from None
@@ -81,7 +81,6 @@ def to_rows(pairs: list[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[R
     """Chosen and rejected replies, each after its prompt, in rows of equal numbers; pairs too long for a row are left out."""
     both = Rows([], block_size), Rows([], block_size)
     for prompt, *replies in pairs:
-        [prompt] = dialogue.with_system([prompt], tokenizer.system)  # as a chat begins
         start = len(dialogue.render_prompt(prompt, tokenizer))
         whole = [dialogue.render([*prompt, {"role": "assistant", "content": reply}], tokenizer)[0] for reply in replies]
         if max(map(len, whole)) <= block_size + 1:
@@ -119,6 +118,8 @@ def optimise(model: GPT, both: tuple[Rows, Rows], trial: Settings, seed: int) ->
 
 def main(trial: Settings) -> None:
     """Make or read the pairs, learn the preferences, and score held-out pairs before and after."""
+    if trial.pairs and not checkpoint.load(trial.init)[1].chat_template:
+        raise InputError(f"--pairs: --init {trial.init} does not chat; finetune.py teaches it")
     started = {}  # seed → the model, its tokenizer, training and held-out rows, and what it said of these before
 
     def measure(seed: int) -> Result:
@@ -131,9 +132,8 @@ def main(trial: Settings) -> None:
         model, tokenizer = trial.start(seed)
         if not trial.pairs:
             trial.fit(model, tokenizer, seed)
-        elif not checkpoint.load(trial.init)[1].chat_template:
-            raise InputError(f"--pairs: --init {trial.init} does not chat; finetune.py teaches it")
-        pairs = splits.split(read_pairs(trial.pairs), (0.8, 0.2)) if trial.pairs else [made_pairs(model.eval(), tokenizer, trial.parts[i]) for i in (0, 2)]
+        pairs = splits.split(read_pairs(trial.pairs, tokenizer.system), (0.8, 0.2)) if trial.pairs else [
+            made_pairs(model.eval(), tokenizer, dialogue.with_system(trial.parts[i], tokenizer.system)) for i in (0, 2)]
         train, test = (to_rows(part[: trial.examples], tokenizer, trial.block_size) for part in pairs)
         started[seed] = model.eval(), tokenizer, train, test, of_all(model, test)
         return measure(seed)

@@ -121,7 +121,7 @@ class Trial:
     def keep(self, model: GPT, tokenizer: Tokenizer, steps: int | None = None) -> None:
         """With --out, write the first model that comes there, as of so many steps: sample.py chats with it, finetune.py goes on from it."""
         if (out := getattr(self, "out", None)) and not out.exists():
-            print(f"wrote {runs.save(out, steps or self.steps, model, tokenizer, settings=asdict(self), results={})}", file=sys.stderr)
+            print(f"wrote {runs.save(out, self.steps if steps is None else steps, model, tokenizer, settings=asdict(self), results={})}", file=sys.stderr)
 
 
 def compare(trial: Trial, arms: dict[str, Callable[[int], Result]]) -> None:

@@ -335,7 +335,7 @@ def test_a_classifiers_sample_gives_the_likeliest_labels_and_refuses_what_is_for
     shares = re.findall(r"([\d.]+)%", capsys.readouterr().out)
     assert len(shares) == 3 and sum(map(float, shares)) == pytest.approx(100, abs=0.2) and shares == sorted(shares, key=float, reverse=True)
     for flags in (["--temperature", "0.1"], ["--max-new-tokens", "3"], ["--stop", "x"], ["--raw"], ["--num-samples", "2"]):
-        with pytest.raises(InputError, match="gives labels, not text"):
+        with pytest.raises(InputError, match=f"gives labels, not text: {flags[0]} is of no use to it"):
             sample(*flags)
 
 

@@ -219,10 +219,16 @@ def test_a_folder_is_read_in_order_with_paths_as_titles(tmp_path):
     (tmp_path / "b" / "二.md").write_text("two", encoding="utf-8")
     (tmp_path / "a.txt").write_text("one", encoding="utf-8")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
-    (tmp_path / "b" / "empty.txt").write_bytes(b"\n")
+    (tmp_path / "b" / "empty.txt").write_bytes(b"")
     (tmp_path / "c.jsonl").write_text('{"text": "three"}\n\n{"text": " "}\n{"title": "T", "text": "four"}', "utf-8")
     expected = [("a.txt", "one"), ("b/二.md", "two"), ("c.jsonl, line 1", "three"), ("T", "four")]
     assert list(documents(tmp_path)) == expected
+
+
+def test_a_file_that_begins_with_a_thousand_blank_lines_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("\n" * 1200 + "text", "utf-8")
+    (tmp_path / "b.jsonl").write_text(" " * 1200 + '{"text": "more"}', "utf-8")
+    assert [text.strip() for _, text in documents(tmp_path)] == ["text", "more"]
 
 
 @pytest.mark.parametrize(

@@ -274,8 +274,9 @@ def test_the_json_formats_read_alike(tmp_path, write, record, name, bom, newline
     path = tmp_path / name
     path.write_text(bom + write([record(c) for c in TWENTY]), encoding="utf-8", newline=newline)
     found, problems = formats.read(path)
-    shown = [c[1:] if c[0]["role"] == "system" and not c[0]["content"].strip() else c for c in TWENTY]  # a blank system text is none
-    wanted = [c for c in shown if any(m["role"] == "assistant" for m in c) and all(m["content"].strip() for m in c)]
+    texts = [[m for m in c if m["role"] != "system" or m["content"].strip()] for c in TWENTY]  # a blank system text is none
+    texts = [c[:-1] if c[-1]["role"] == "user" and not c[-1]["content"].strip() else c for c in texts]
+    wanted = [c for c in texts if any(m["role"] == "assistant" for m in c) and all(m["content"].strip() for m in c)]
     assert found == wanted and len(wanted) > 4 and any(c[0]["role"] == "system" for c in wanted)
     assert len(problems) == 20 - len(wanted)
 
@@ -315,7 +316,7 @@ BAD = [
      r"assistant message 2 of 2 is empty"),
     ('{"messages": [{"role": "tool", "content": "a"}]}', r"role 'tool', must be one of \['system', 'user', 'assistant', 'developer'\]"),
     ('{"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}]}', r"user message 1 of 1 is empty"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}', r"weight 0 of a message"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}', r"weight 0 of a reply"),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', r"role \['user'\], must be one of"),
     ('{"messages": [{"content": "a"}]}', r"role None, must be one of"),
     ('{"conversations": [{"from": "bot", "value": "a"}]}', r"role 'bot', must be one of"),

@@ -60,6 +60,9 @@ def read(tmp_path):
     ({"messages": [*talk("a"), *talk("b"), *talk("c", "d", first="assistant")]}, talk("a\nb", "c", "d")),
     ({"messages": talk("🙂👩‍👩‍👧", "🎉🎉")}, talk("🙂👩‍👩‍👧", "🎉🎉")),
     ({"messages": [{"role": "system", "content": " \n"}, *talk("a", "b")]}, talk("a", "b")),  # a blank system text is none
+    ({"system": "S", "messages": [{"role": "system", "content": " "}, *talk("a", "b")]}, [{"role": "system", "content": "S"}, *talk("a", "b")]),
+    ({"messages": talk("a", "b", " ")}, talk("a", "b")),  # nothing answers it
+    ({"conversations": [{"from": "human", "value": "a", "weight": 0}, {"from": "gpt", "value": "b", "weight": 1}]}, talk("a", "b")),
     ({"messages": [{"role": "developer", "content": "S"}, *talk("a", "b")]}, [{"role": "system", "content": "S"}, *talk("a", "b")]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, *talk("c", first="assistant")]},
      talk("ab", "c")),
@@ -75,7 +78,7 @@ def test_a_record_says_by_its_names_what_it_is(record, expected):
     ({"messages": talk("a", " \n")}, "assistant message 1 of 1 is empty"),
     ({"messages": talk("a", "b", "c", "  ")}, "assistant message 2 of 2 is empty"),
     ({"messages": talk(" ", "b")}, "user message 1 of 1 is empty"),
-    ({"messages": [*talk("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "weight 0 of a message: here every reply is learned from"),
+    ({"messages": [*talk("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "weight 0 of a reply: here every reply is learned from"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of a user message is list, must be text"),
     ({"messages": talk("a")}, "no assistant message"),
     ({"messages": []}, "no assistant message"),
@@ -113,9 +116,14 @@ TABLES = {
     "semicolons.csv": '"系统";"问题";"回答"\r\n"Be kind.";"你好 🙂";"Hello, ""you""!"\r\n',
     "tabs.tsv": '\ufeffprompt\tcompletion\tsystem\n你好 🙂\tHello, "you"!\tBe kind.\n',
     "quoted tabs.tsv": '"prompt"\t"completion"\t"system"\n"你好 🙂"\t"Hello, ""you""!"\t"Be kind."\n',
-    "spaces.csv": 'prompt, completion, system\n"你好 🙂", "Hello, ""you""!", Be kind.\n',
     "alpaca.csv": 'instruction,input,output,system\n你好 🙂,,"Hello, ""you""!",Be kind.\n',
 }
+
+
+def test_a_quote_after_a_space_is_not_learned_as_text(read):
+    found, problems = read('prompt, completion\n"你好", "再，见"\na, b\n', "spaces.csv")
+    assert found == [[{"role": "user", "content": "a"}, {"role": "assistant", "content": " b"}]]
+    assert len(problems) == 1 and 'leave out the space after ","' in problems[0]
 
 
 @pytest.mark.parametrize("name", TABLES)

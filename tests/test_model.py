@@ -272,6 +272,12 @@ def test_all_wrong_settings_are_named_together():
         GPTConfig(n_embd=64, n_head=5)
 
 
+def test_a_table_of_one_row_grows_by_rows_like_it():
+    model = GPT(GPTConfig(vocab_size=1, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    model.grow(3)
+    assert torch.equal(model.wte.weight, model.wte.weight[:1].expand(3, -1))
+
+
 def test_flops_agree_with_torchs_counter(monkeypatch):
     monkeypatch.setattr(model, "attention", model.attention_formula)  # it does not count the fused one on a CPU
     config = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)

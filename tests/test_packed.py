@@ -105,14 +105,17 @@ def test_int8_takes_large_inputs_and_small_ones_beside_them(kind):
 def test_int8_is_as_exact_on_a_cpu_without_vnni():
     """All its tests once more, with the kernel that such a CPU has: it adds pairs of products in 16 bits."""
     code = """import ctypes, pathlib, sys, pytest, torch
-kernels = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-kernels._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE(1)  # AVX2
+try:
+    kernels = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    kernels._ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE(1)  # AVX2
+except (OSError, AttributeError):
+    sys.exit(77)  # another system, or another kind of CPU
 torch.cpu._is_vnni_supported = lambda: sys.argv[1] == "as if it had it"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "int8 and not without"]))"""
     outcomes = [subprocess.run([sys.executable, "-c", code, said, __file__], capture_output=True, text=True) for said in ("", "as if it had it")]
-    assert outcomes[0].returncode == 0, outcomes[0].stdout
-    if "_ZN6fbgemm" in outcomes[0].stderr:  # another kind of CPU
+    if outcomes[0].returncode == 77:
         pytest.skip("no FBGEMM here")
+    assert outcomes[0].returncode == 0, outcomes[0].stdout
     assert "test_int8_takes_large_inputs_and_small_ones_beside_them[DynamicInt8]" in outcomes[1].stdout  # the test can fail
 
 

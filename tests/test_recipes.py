@@ -135,6 +135,8 @@ def test_dpo_reads_texts_and_messages_alike_and_names_the_line_of_a_wrong_pair(t
                     '"chosen": [{"role": "assistant", "content": "Hello."}], "rejected": "No."}\n', encoding="utf-8")
     first, second = dpo.read_pairs(file)
     assert first == second == ([{"role": "user", "content": "Hi"}], "Hello.", "No.")
+    system = {"role": "system", "content": "Be kind."}
+    assert dpo.read_pairs(file, "Be kind.")[0] == ([system, {"role": "user", "content": "Hi"}], "Hello.", "No.")  # as a chat begins
     file.write_text('{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}\n{"prompt": "Hi", "chosen": "Hello."}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"pairs.jsonl:2: .*rejected"):
         dpo.read_pairs(file)
