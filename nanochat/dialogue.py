@@ -51,9 +51,14 @@ def opening(system: str) -> Conversation:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
+def system_of(messages: Conversation) -> Conversation:
+    """The system message that a conversation begins with, as a list: an empty one if there is none."""
+    return [message for message in messages[:1] if message["role"] == "system"]
+
+
 def with_system(conversations: list[Conversation], text: str) -> list[Conversation]:
     """The conversations, those without a system text with this one."""
-    return [messages if messages[0]["role"] == "system" else [*opening(text), *messages] for messages in conversations]
+    return [messages if system_of(messages) else [*opening(text), *messages] for messages in conversations]
 
 
 def shared_system(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> str:
@@ -61,7 +66,7 @@ def shared_system(conversations: list[Conversation], tokenizer: Tokenizer, block
 
     "" as well for one of over half the block, which `windows` has cut.
     """
-    begins = Counter(messages[0]["content"] if messages[0]["role"] == "system" else "" for messages in conversations)
+    begins = Counter("".join(message["content"] for message in system_of(messages)) for messages in conversations)
     [(text, count)] = begins.most_common(1)
     most = 2 * count > len(conversations)
     return text if most and len(render_turn({"role": "system", "content": text}, tokenizer)[0]) <= block_size // 2 else ""
@@ -106,7 +111,7 @@ def windows(messages: Conversation, tokenizer: Tokenizer, block_size: int, cuts:
     """
     head = [tokenizer.end_of_text]
     turns = [render_turn(message, tokenizer) for message in messages]
-    if messages[0]["role"] == "system":
+    if system_of(messages):
         system = turns.pop(0)[0]
         if len(system) > block_size // 2:
             system = system[: block_size // 2 - 1] + system[-1:]

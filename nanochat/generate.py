@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat import InputError
-from nanochat.dialogue import opening, render_prompt
+from nanochat.dialogue import opening, render_prompt, system_of
 from nanochat.formats import Conversation
 from nanochat.model import GPT
 from nanochat.tokenizer import Tokenizer
@@ -344,16 +344,15 @@ class Chat:
 
     def begin(self, messages: Conversation) -> None:
         """Go on from these messages: none, a system text alone, or whole exchanges. InputError if the system text leaves no room."""
-        if messages and messages[0]["role"] == "system":
-            hello = [messages[0], {"role": "user", "content": "?"}]
-            fit(hello, self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
+        if system := system_of(messages):
+            fit([*system, {"role": "user", "content": "?"}], self.tokenizer, self.model.config.block_size, self.config.max_new_tokens)
         self.messages = messages
         self.dropped = 0  # oldest messages left out of the last prompt for want of room
 
     @property
     def system(self) -> Conversation:
         """The system message, if there is one."""
-        return self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+        return system_of(self.messages)
 
     @property
     def exchanges(self) -> Conversation:
@@ -416,7 +415,7 @@ def fit(messages: Conversation, tokenizer: Tokenizer, block_size: int, reply_tok
     if not messages[-1]["content"].strip():
         raise InputError("the message is empty")
     limit = block_size - min(reply_tokens, block_size // 4)
-    system = messages[:1] if messages[0]["role"] == "system" else []
+    system = system_of(messages)
     first = len(messages) - 1
     prompt = render_prompt(system + messages[first:], tokenizer)
     while first >= len(system) + 2:  # an exchange more: what the user said and its reply
