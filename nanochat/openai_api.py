@@ -22,11 +22,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.batching import Token
-from nanochat.dialogue import render_prompt
-from nanochat.formats import Conversation
+from nanochat.dialogue import opening, render_prompt, system_of
+from nanochat.formats import OPENAI_ROLES, Conversation
 from nanochat.generate import SampleConfig, TextStream
 from nanochat.records import whole_pairs
-from nanochat.tokenizer import ROLES, Tokenizer
+from nanochat.tokenizer import Tokenizer
 
 MOST_TOP = 20  # likeliest tokens beside each, at most
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it
@@ -366,7 +366,7 @@ class Served:
         """Messages as in training: the system text first, and what one role says in a row joined by a newline."""
         turns: Conversation = []
         for i, message in enumerate(messages):
-            role = "system" if message.role == "developer" else message.role
+            role = OPENAI_ROLES[message.role]
             text = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
             if turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += "\n" + text
@@ -374,11 +374,10 @@ class Served:
                 raise Refused(400, f"messages[{i}]: a system message must come before all others", param=f"messages[{i}].role")
             else:
                 turns.append({"role": role, "content": text})
-        given = turns[0]["role"] == "system"
-        if given and not turns[0]["content"].strip():  # an empty one: none, not even the checkpoint's own
+        if not system_of(turns):
+            turns = [*opening(self.system), *turns]
+        elif not turns[0]["content"].strip():  # an empty one: none, not even the checkpoint's own
             turns.pop(0)
-        elif not given and self.system:
-            turns.insert(0, {"role": ROLES[0], "content": self.system})
         if not turns or turns[-1]["role"] != "user":
             raise Refused(400, "the last message must be the user's", param="messages")
         if not turns[-1]["content"].strip():

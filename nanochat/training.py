@@ -133,11 +133,11 @@ def train(model: GPT, tokenizer: Tokenizer, data: Examples, config: TrainConfig,
 
     model.eval()
     draw_losses(out / "metrics.jsonl", out / "loss.png")
-    if progress.step < progress.max_steps and not runtime.signal_received():
-        print(f"step {progress.step} of {progress.max_steps} is the last: no better validation loss in --patience {config.patience} evaluations",
-              file=sys.stderr)
     if stop_signal := runtime.signal_received():
         raise runtime.Stopped(stop_signal, f"step {progress.step} is saved in {out}; --resume goes on from it")
+    if progress.step < progress.max_steps:
+        print(f"step {progress.step} of {progress.max_steps} is the last: no better validation loss in --patience {config.patience} evaluations",
+              file=sys.stderr)
     return progress
 
 

@@ -211,7 +211,9 @@ def test_a_reply_grows_while_it_comes(open_page):
     page.evaluate("""() => { window.sizes = new Set(); new MutationObserver(() =>
         sizes.add(document.querySelector('article.assistant .text')?.textContent.length ?? 0)).observe(document.getElementById('messages'), {childList: true, subtree: true}); }""")
     sing(page)
-    until(page, "sizes.size > 3 && Math.max(...sizes) > 2200")
+    until(page, "sizes.size > 3 && Math.max(...sizes) > 3000")
+    sizes = page.evaluate("[...sizes]")  # in the order in which they came
+    assert sizes == sorted(sizes)
     page.keyboard.press("Escape")
     finished(page)
 
